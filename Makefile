@@ -1,0 +1,75 @@
+# `make quickstart` and `make test` are all a newcomer needs; both make the virtual environment they use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# A machine without a GPU saves gigabytes with TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: quickstart test test-embedded test-conformance test-compat check fix docs bench clean
+
+quickstart: $(VENV)/.run
+	$(BIN)/acformer quickstart
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+test-embedded: $(VENV)/.dev
+	$(BIN)/acformer fetch
+	$(BIN)/pytest -m embedded
+
+test-conformance: $(VENV)/.dev
+	$(BIN)/pytest -m conformance
+
+# Both ends of the supported transformers range, each in an environment of its own.
+test-compat: $(VENV)-compat-5.16.1/.compat $(VENV)-compat-5.23.0/.compat
+	$(VENV)-compat-5.16.1/bin/pytest $(COMPAT_TESTS)
+	$(VENV)-compat-5.23.0/bin/pytest $(COMPAT_TESTS)
+
+COMPAT_TESTS := tests/test_anchors.py tests/test_cls_attention.py tests/test_vision.py tests/test_connectors.py \
+	tests/test_convert.py tests/test_modeling.py tests/test_processing.py tests/test_conversation.py tests/test_train.py
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs serve
+
+bench: $(VENV)/.run
+	$(BIN)/python -m acformer.bench
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned, so that nothing else can choose a build for us.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/pip
+	$(PIP) $(TORCH_FLAGS) torch
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+# transformers and what it pins are free here; the rest stays as tested.
+$(VENV)-compat-%/.compat: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-compat-$*
+	grep -v -i -E '^(transformers|huggingface[-_]hub|tokenizers)==' constraints.txt > $(VENV)-compat-$*/constraints.txt
+	$(VENV)-compat-$*/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-compat-$*/constraints.txt torch
+	$(VENV)-compat-$*/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-compat-$*/constraints.txt \
+		-e '.[test]' transformers==$*
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-compat-* site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""acformer: multimodal LLMs that read their image through visual anchors (AcFormer, NeurIPS 2024).
+
+The public names load on first use, so that `import acformer` and the command line's `--help` stay instant.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from acformer.anchors import select_anchors, select_anchors_reference
+    from acformer.connectors import Connector, build_connector, list_connectors
+    from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+    from acformer.images import load_image
+    from acformer.vision import VisionFeatures, load_vision_encoder
+    from acformer.viz import show_anchors
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AcFormerConfig": "hf",
+    "AcFormerForConditionalGeneration": "hf",
+    "AcFormerProcessor": "hf",
+    "Connector": "connectors",
+    "VisionFeatures": "vision",
+    "build_connector": "connectors",
+    "list_connectors": "connectors",
+    "load_image": "images",
+    "load_vision_encoder": "vision",
+    "select_anchors": "anchors",
+    "select_anchors_reference": "anchors",
+    "show_anchors": "viz",
+}
+
+__all__ = [
+    "AcFormerConfig",
+    "AcFormerForConditionalGeneration",
+    "AcFormerProcessor",
+    "Connector",
+    "VisionFeatures",
+    "build_connector",
+    "list_connectors",
+    "load_image",
+    "load_vision_encoder",
+    "select_anchors",
+    "select_anchors_reference",
+    "show_anchors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'acformer' has no attribute {name!r}")
+    return getattr(import_module(f"acformer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

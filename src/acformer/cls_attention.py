@@ -1,0 +1,144 @@
+"""The [CLS] row of one block's attention, without the N x N map.
+
+A fused kernel (SDPA, FlashAttention) never forms the attention map, and eager attention forms all N x N of it for a
+single row. Here the tower keeps whatever kernel it is set to; its last block alone runs through an attention
+function of our own, which computes q_cls . K^T for its H heads and then calls that kernel. No module is replaced
+and no projection is hooked, so it lives through FSDP2, torch.compile, export and engines that fuse q, k and v.
+
+SigLIP has no [CLS]. What stands in for its row: the attention of the pooling head's learned probe to the patches
+(the head reads the last block's output through `post_layernorm`), which is how SigLIP itself sums up an image.
+
+Encoders are described by one line in `ENCODERS`; to support another one, add its line.
+"""
+
+import copy
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from acformer.errors import UsageError, unknown_name
+
+RECORDING = "acformer_cls_row"
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """Where a family of Hugging Face vision models keeps what we need; dotted module paths."""
+
+    blocks: str
+    """The list of transformer blocks, from the model."""
+    attention: str
+    """The module that calls the attention function, from a block."""
+    fixed_size: bool
+    """Whether the model must be told to interpolate its position embedding to another image size."""
+    prefix: int
+    """Tokens before the patches, registers not counted."""
+    probe: str | None = None
+    """The pooling head's attention, from the model, where there is no [CLS]."""
+
+
+ENCODERS = {
+    "clip_vision_model": EncoderFamily("encoder.layers", "self_attn", fixed_size=True, prefix=1),
+    "dinov2": EncoderFamily("encoder.layer", "attention", fixed_size=False, prefix=1),
+    "dinov2_with_registers": EncoderFamily("encoder.layer", "attention", fixed_size=False, prefix=1),
+    "siglip_vision_model": EncoderFamily(
+        "encoder.layers", "self_attn", fixed_size=True, prefix=0, probe="head.attention"
+    ),
+}
+
+
+def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
+    """The line of `ENCODERS` for a vision config; `UsageError` listing the known ones otherwise."""
+    if config.model_type not in ENCODERS:
+        raise unknown_name("vision encoder type", config.model_type, ENCODERS)
+    return ENCODERS[config.model_type]
+
+
+def num_prefix_tokens(config: PreTrainedConfig) -> int:
+    """P: [CLS] and registers, which stand before the patches."""
+    return encoder_family(config).prefix + config.to_dict().get("num_register_tokens", 0)
+
+
+class ClsAttentionTap:
+    """Reads the output of a tower's last block and the [CLS] row of that same block's attention.
+
+    Wired into the tower once; `read()` after a forward pass gives (tokens (B, P+N, D), row (B, H, N)) and forgets
+    them. The row is the softmax over all P+N keys with the P prefix columns dropped, in float32 at least. One
+    pass at a time per tower: two threads that share one would read each other's images.
+    """
+
+    def __init__(self, tower: PreTrainedModel):
+        family = encoder_family(tower.config)
+        self.tower_config = tower.config
+        self.num_prefix_tokens = num_prefix_tokens(tower.config)
+        self.tokens: Tensor | None = None
+        self.row: Tensor | None = None
+        last = tower.get_submodule(family.blocks)[-1]
+        last.register_forward_hook(self._keep_tokens)
+        if family.probe is None:
+            self._record_attention(_attention_module(last, family.attention))
+        elif tower.config.vision_use_head:
+            tower.get_submodule(family.probe).register_forward_hook(self._keep_probe)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """What the last forward pass left: tokens and row (None for a SigLIP without its pooling head)."""
+        tokens, row = self.tokens, self.row
+        self.tokens = self.row = None
+        if tokens is None:
+            raise RuntimeError("the vision tower has not run since the last read")
+        return tokens, row
+
+    def _record_attention(self, attention: Any) -> None:
+        self.eager = import_module(type(attention).__module__).eager_attention_forward
+        # A config of its own for this one module: the rest of the tower keeps its kernel.
+        attention.config = copy.deepcopy(attention.config)
+        attention.config._attn_implementation = RECORDING
+        attention.cls_attention_tap = self
+
+    def _keep_tokens(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.tokens = output[0] if isinstance(output, tuple) else output
+
+    def _keep_probe(self, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
+        """The row from the head's query and key: the weights it returns are rounded to the tower's dtype."""
+        weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+        query, key = (
+            F.linear(x, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(args[:2], weights, biases, strict=False)
+        )
+        self.row = cls_row(query, key, query.shape[-1] ** -0.5)
+
+
+def _attention_module(block: nn.Module, path: str) -> nn.Module:
+    """The attention of a block; transformers < 5.19 nests DINOv2's one level deeper."""
+    attention = block.get_submodule(path)
+    return dict(attention.named_children()).get("attention", attention)
+
+
+def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """softmax(q_cls . K^T * scaling): (B, H, L, d), (B, H, L, d) -> (B, H, L), in float32 at least.
+
+    Rounded to bf16 the scores of many patches would tie, so the dot products are formed in float32.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query[:, :, :1].to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
+    return scores.softmax(dim=-1)[:, :, 0]
+
+
+def recording_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention function of the tapped block: keeps its [CLS] row, then runs the kernel the tower is set to."""
+    tap = vars(module).get("cls_attention_tap")
+    if tap is None or tap.tower_config._attn_implementation == RECORDING:
+        raise UsageError(f"attn_implementation {RECORDING!r} is the tapped block's alone; choose 'sdpa' or another")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tap.row = cls_row(query, key, scaling)[:, :, tap.num_prefix_tokens :]
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.tower_config._attn_implementation, tap.eager)
+    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(RECORDING, recording_attention)

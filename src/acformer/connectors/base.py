@@ -1,0 +1,58 @@
+"""What every connector is: `VisionFeatures` in, T visual tokens of the language model's width out."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from acformer.errors import UsageError
+from acformer.vision import VisionFeatures
+
+
+class Geometry(NamedTuple):
+    """The sizes a connector stands between.
+
+    vision_hidden_size: D, text_hidden_size: E, grid: (h, w) patches, num_prefix_tokens: P.
+    """
+
+    vision_hidden_size: int
+    text_hidden_size: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+
+    @property
+    def num_patches(self) -> int:
+        """N = h * w."""
+        return self.grid[0] * self.grid[1]
+
+
+class Connector(nn.Module, ABC):
+    """Base of all connectors.
+
+    A subclass takes `(geometry, *, its own keyword arguments)`, tells its `num_tokens` and implements `aggregate`.
+    `elastic` says that its weights do not depend on the number of tokens, so a caller may ask for another one.
+    """
+
+    elastic = False
+
+    def __init__(self, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """T, the visual tokens an image costs: the one place where this number is known."""
+
+    @abstractmethod
+    def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
+        """The connector's idea: features -> (B, num_tokens, E)."""
+
+    def forward(self, features: VisionFeatures, num_tokens: int | None = None) -> Float[Tensor, "B T E"]:
+        """features -> (B, T, E); `num_tokens` overrides T where the connector is elastic, else `UsageError`."""
+        num_tokens = self.num_tokens if num_tokens is None else num_tokens
+        if num_tokens != self.num_tokens and not self.elastic:
+            name = type(self).__name__
+            raise UsageError(f"{name} always gives {self.num_tokens} tokens; it cannot give {num_tokens}")
+        return self.aggregate(features, num_tokens)

@@ -1,0 +1,29 @@
+"""`mlp`: LLaVA-1.5's connector. Every patch becomes a visual token; the baseline that costs the most."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from acformer.connectors.base import Connector, Geometry
+from acformer.connectors.blocks import Projector
+from acformer.vision import VisionFeatures
+
+
+class MLPConnector(Connector):
+    """Proj(R_v): the N patches, one token each; with `include_prefix` [CLS] and registers too.
+
+    LLaVA-1.5 drops [CLS] (576 tokens of CLIP-L/14-336, the default here); the paper counts 577 (`include_prefix`).
+    """
+
+    def __init__(self, geometry: Geometry, *, include_prefix: bool = False):
+        super().__init__(geometry)
+        self.include_prefix = include_prefix
+        self.projector = Projector(geometry.vision_hidden_size, geometry.text_hidden_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, or P + N."""
+        return self.geometry.num_patches + self.include_prefix * self.geometry.num_prefix_tokens
+
+    def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
+        """(B, N, D) -> (B, N, E)."""
+        return self.projector(features.tokens if self.include_prefix else features.patches)

@@ -1,0 +1,1 @@
+"""From files to batches: `sources` reads samples, `conversation` makes ids and labels, `collate` batches."""

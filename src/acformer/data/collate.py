@@ -1,0 +1,174 @@
+"""Samples -> batches of tensors, padded on the right for training; pictures are opened here, no earlier.
+
+A sample that cannot be used (damaged picture, cut image tokens, nothing to learn) does not kill the run: it
+goes to the `SkipLog` and the batch goes on with the others. Without a log nothing is ever left out: the error
+is raised.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from acformer.data.conversation import IGNORE, check_images, encode_conversation
+from acformer.data.sources import Sample, SkipLog
+from acformer.errors import DataError
+from acformer.images import load_image
+
+Features = Mapping[str, Tensor]
+Opened = tuple[dict[str, Any], list[tuple[Path, Any]]]
+
+
+class ConversationDataset(Dataset):
+    """Groups of `Sample`s, each sample as `{"id", "images" (paths), "sample", "input_ids", "labels"}`.
+
+    An item is a list of at most `group` samples about the same pictures (default: one), so that a batch can ask
+    several questions about a picture that is encoded once. A sample that cannot be encoded has `error` (the
+    reason) in place of ids and labels. Nothing is drawn at random: an item depends on its index alone.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], processor: Any, *, max_length: int | None = None, group: int = 1
+    ) -> None:
+        self.items = grouped(samples, group)
+        self.processor = processor
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self._encode(sample) for sample in self.items[index]]
+
+    def _encode(self, sample: Sample) -> dict[str, Any]:
+        item = {"id": sample.id, "images": sample.images, "sample": sample}
+        try:
+            check_images(sample.messages, len(sample.images))
+            encoded = encode_conversation(self.processor, sample.messages, max_length=self.max_length)
+        except DataError as error:
+            return {**item, "error": str(error)}
+        return {**item, "input_ids": encoded.input_ids, "labels": encoded.labels}
+
+
+def grouped(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Samples about the same pictures, `size` at most together; in order of their pictures' first appearance."""
+    by_pictures: dict[Any, list[Sample]] = {}
+    for number, sample in enumerate(samples):
+        by_pictures.setdefault(sample.images or number, []).append(sample)
+    return [same[i : i + size] for same in by_pictures.values() for i in range(0, len(same), size)]
+
+
+def stack_features(paths: Sequence[Path], features: Callable[[Path], Features]) -> dict[str, Tensor]:
+    """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N) if any.
+
+    image_index (I,) says which of the U pictures each of the I paths is.
+    """
+    found = {path: features(path) for path in dict.fromkeys(paths)}
+    place = {path: number for number, path in enumerate(found)}
+    keys = [key for key, value in next(iter(found.values())).items() if value is not None]
+    stacked = {key: torch.stack([one[key] for one in found.values()]) for key in keys}
+    return {**stacked, "image_index": torch.tensor([place[path] for path in paths])}
+
+
+class Collator:
+    """Items of a `ConversationDataset` -> one batch (B samples of at most L tokens, with I images in all).
+
+    - `input_ids`, `attention_mask`, `labels`: (B, L), padded on the right
+    - `pixel_values`: (I, 3, height, width) from the processor's image processor; or, when `features` gives
+      what a frozen encoder made of a path, `vision_features` as `stack_features` makes them. A batch without
+      images has neither.
+    - `sample_ids`: list of B, for error messages (not for the model)
+
+    A batch of which nothing can be used repeats the last good one. Errors: `DataError` when there is none yet, when
+    there is nothing to learn, or placeholders and images
+    disagree; `SkipLog.check`'s when too many samples are bad.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        features: Callable[[Path], Features] | Mapping[Path, Features] | None = None,
+        skip_log: SkipLog | None = None,
+    ) -> None:
+        self.processor = processor
+        self.features = features.__getitem__ if isinstance(features, Mapping) else features
+        self.skip_log = skip_log
+        self.spare: list[Opened] = []
+
+    def __call__(self, groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+        """The batch, without the samples that cannot be used."""
+        items = [item for group in groups for item in group]
+        good, reason = self._usable(items)
+        if not good and self.spare:
+            good = self.spare  # a batch cannot be empty: the last good one once more
+        if not good:
+            raise DataError(f"no usable sample in the batch {_names(items)}: {reason}")
+        self.spare = good
+        images = [image for _, opened in good for image in opened]
+        good_items = [item for item, _ in good]
+        batch = self._text(good_items)
+        self._check(batch, len(images), good_items)
+        return {**batch, **self._vision(images), "sample_ids": [item["id"] for item in good_items]}
+
+    def _usable(self, items: list[dict[str, Any]]) -> tuple[list[Opened], str]:
+        """The items whose pictures open, with these; and why the last of the others did not."""
+        good, reason = [], "the batch is empty"
+        for item in items:
+            try:
+                good.append((item, self._open(item)))
+            except DataError as error:
+                reason = str(error)
+                self._skip(item, error)
+        return good, reason
+
+    def _open(self, item: dict[str, Any]) -> list[tuple[Path, Any]]:
+        """The pictures of an item, or what the encoder made of them."""
+        if "error" in item:
+            raise DataError(item["error"])
+        return [(path, (self.features or load_image)(path)) for path in item["images"]]
+
+    def _skip(self, item: dict[str, Any], error: DataError) -> None:
+        if self.skip_log is None:
+            raise DataError(f"sample {item['id']}: {error}") from error
+        self.skip_log.skip(item["sample"].file, item["sample"].record, str(error))
+        self.skip_log.check()
+
+    def _text(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        rows = [torch.tensor(item["input_ids"]) for item in items]
+        labels = [torch.tensor(item["labels"]) for item in items]
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        }
+
+    def _check(self, batch: dict[str, Tensor], num_images: int, items: list[dict[str, Any]]) -> None:
+        """Placeholders are counted after all else, as the model will see them."""
+        per_image = self.processor.num_image_tokens
+        written = int((batch["input_ids"] == self.processor.image_token_id).sum())
+        if written != num_images * per_image:
+            raise DataError(
+                f"{written} image tokens but {num_images} images x {per_image} in the batch {_names(items)}; "
+                "was the processor's num_image_tokens changed after encoding?"
+            )
+        if not (batch["labels"] != IGNORE).any():
+            raise DataError(f"nothing to learn in the batch {_names(items)}: every label is {IGNORE}")
+
+    def _vision(self, images: list[tuple[Path, Any]]) -> dict[str, Any]:
+        if not images:
+            return {}
+        if self.features is None:
+            pictures = [picture for _, picture in images]
+            return {"pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]}
+        return {"vision_features": stack_features([path for path, _ in images], dict(images).__getitem__)}
+
+
+def _names(items: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(str(item["id"]) for item in items)

@@ -1,0 +1,293 @@
+"""Files of conversations -> `Sample`s, with every bad record skipped, counted and written down.
+
+Two layouts of record, in a JSON list or in JSON lines: LLaVA's (`image`, `conversations` of from/value,
+`<image>` tags in the text) and chat messages (`images`, `messages` of role/content). Stricter than
+`json.load`: duplicate keys, NaN, lone surrogates and pictures outside the image folder are refused. Lines end
+at a newline only (not at U+2028), a byte order mark is passed over, and one bad record never hides the ones
+after it.
+"""
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..embedded import embedded_path
+from ..errors import DataError, unknown_name
+from .conversation import IMAGE_TAG, Message, check_images, split_at_images
+
+SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+EASY_VQA = ("train", "test", "captions", "train_dialogues")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its pictures (in the order of the image parts) and where it came from.
+
+    `answer` is the record's own `answer`, else the text of the last turn of the assistant; `kind` a label to
+    group scores by; `file` and `record` (from 1; in JSON lines the line) name it in error messages.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[Path, ...] = ()
+    answer: str | None = None
+    kind: str | None = None
+    file: str = ""
+    record: int = 0
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the last turn of the assistant: what to ask when `answer` is wanted."""
+        spoken = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return self.messages[: spoken[-1]] if spoken else self.messages
+
+
+class SkipLog:
+    """Counts what was offered and skipped, and appends each skipped record to a file, once.
+
+    used + skipped = offered, also when a picture turns out bad long after its record was read. An older file
+    at `path` is removed (in a distributed run, only the first process gives a path). A copy in a loader's
+    worker process appends to the same file but counts for itself.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_bad_fraction: float = 0.01) -> None:
+        self.path = None if path is None else Path(path)
+        self.max_bad_fraction = max_bad_fraction
+        self.offered = 0
+        self._reasons: dict[tuple[str, int], str] = {}
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    @property
+    def skipped(self) -> int:
+        """How many records were skipped."""
+        return len(self._reasons)
+
+    @property
+    def used(self) -> int:
+        """How many records were not skipped."""
+        return self.offered - self.skipped
+
+    def skip(self, file: str, record: int, reason: str) -> None:
+        """Write down that a record is left out, unless that is known."""
+        if (file, record) in self._reasons:
+            return
+        self._reasons[file, record] = reason
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"file": file, "record": record, "reason": reason}) + "\n")
+
+    def check(self) -> None:
+        """`DataError` once more than `max_bad_fraction` of the records offered were skipped."""
+        if self.skipped > self.max_bad_fraction * self.offered:
+            (file, record), reason = next(iter(self._reasons.items()))
+            where = "" if self.path is None else f", all in {self.path}"
+            raise DataError(
+                f"{self.skipped} of {self.offered} records are bad, more than {self.max_bad_fraction:.1%}; "
+                f"the first is {file}:{record}: {reason}{where}"
+            )
+
+
+def load_samples(
+    name_or_path: str | os.PathLike[str],
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    skipped: SkipLog | None = None,
+) -> list[Sample]:
+    """All samples of a file, or of `easy-vqa` (`:train`, `:test`, `:captions`, `:train_dialogues`).
+
+    Errors: `DataError` as `read_samples`, and when too many records are bad (`SkipLog.check`); `UsageError`
+    for an unknown part of easy-vqa.
+    """
+    skipped = SkipLog() if skipped is None else skipped
+    name, _, part = str(name_or_path).partition(":")
+    path = Path(name_or_path)
+    if name == "easy-vqa":
+        if part and part not in EASY_VQA:
+            raise unknown_name("part of easy-vqa", part, EASY_VQA)
+        path = embedded_path("easy-vqa") / f"{part or 'train'}.jsonl"
+    samples = list(read_samples(path, image_root=image_root, skipped=skipped))
+    skipped.check()
+    return samples
+
+
+def read_samples(
+    path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None, skipped: SkipLog
+) -> Iterator[Sample]:
+    """The good records of a file, one by one; the bad ones go to `skipped`.
+
+    Pictures are looked for under `image_root` (default: the file's folder) and only opened later. Errors:
+    `DataError` naming the file when it is missing, empty, broken as a whole or without one good record.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    used, reason = 0, ""
+    for number, record in _records(path):
+        skipped.offered += 1
+        try:
+            sample = _sample(record, path, number, root)
+        except DataError as error:
+            reason = reason or f"record {number}: {error}"
+            skipped.skip(str(path), number, str(error))
+        else:
+            used += 1
+            yield sample
+    if not used:
+        raise DataError(f"{path} holds no usable record; {reason or 'it is empty'}")
+
+
+class _StrictDecoder(json.JSONDecoder):
+    """Collects duplicate keys and NaN instead of raising, so that the end of a bad record is found."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        super().__init__(object_pairs_hook=self._object, parse_constant=self.faults.append)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self.faults.append(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        return record
+
+    def next(self, text: str, start: int) -> tuple[Any, int]:
+        """The value at `start` (a `DataError` in its place if faulty) and the position of what follows it."""
+        self.faults.clear()
+        try:
+            value, end = self.raw_decode(text, _skip_space(text, start))
+        except RecursionError:
+            raise DataError("not JSON that can be read: nested too deeply") from None
+        except ValueError as error:
+            raise DataError(f"not JSON: {error}") from None
+        return DataError(f"not JSON: {self.faults[0]}") if self.faults else value, _skip_space(text, end)
+
+
+def _skip_space(text: str, start: int) -> int:
+    space = _SPACE.match(text, start)
+    return space.end() if space else start
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each record; one that is not JSON comes as the DataError saying so."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        yield from _list_records(path) if start == b"[" else _line_records(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _line_records(path: Path) -> Iterator[tuple[int, Any]]:
+    decoder = _StrictDecoder()
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                value, end = decoder.next(text, 0)
+            except UnicodeDecodeError:
+                yield number, DataError("not UTF-8")
+            except DataError as error:
+                yield number, error
+            else:
+                yield number, value if end == len(text) else DataError("not JSON: a line holds one value")
+
+
+def _list_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """A list is read element by element; where it is broken, what follows cannot be found: `DataError`."""
+    decoder = _StrictDecoder()
+    number = 0
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        at = _skip_space(text, text.index("[") + 1)
+        more = text[at : at + 1] != "]"
+        while more:
+            number += 1
+            value, at = decoder.next(text, at)
+            yield number, value
+            more = text[at : at + 1] == ","
+            at += more
+        if text[at : at + 1] != "]" or _skip_space(text, at + 1) != len(text):
+            raise DataError(f"not JSON: the list is broken off or followed by more at character {at}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+    except DataError as error:
+        raise DataError(f"{path}:{number}: {error}") from error
+
+
+def _sample(record: Any, path: Path, number: int, root: Path) -> Sample:
+    """A checked `Sample`, or the `DataError` that says what is wrong with the record."""
+    if isinstance(record, DataError):
+        raise record
+    match record:
+        case {"messages": [_, *_] as turns}:
+            messages = turns
+        case {"conversations": [_, *_] as turns}:
+            messages = [_llava_message(turn) for turn in turns]
+        case _:
+            raise DataError("a record is an object with `conversations` or `messages`")
+    _refuse_surrogates(record)
+    images = tuple(_image_path(root, name) for name in _image_names(record))
+    check_images(messages, len(images))
+    said = ["".join(split_at_images(message)) for message in messages if message["role"] == "assistant"]
+    kind, answer = record.get("kind"), record.get("answer", said[-1] if said else None)
+    key = record.get("id", f"{path.stem}:{number}")
+    if not isinstance(kind, str | None) or not isinstance(answer, str | None) or not isinstance(key, str | int):
+        raise DataError("id, kind and answer must be text")
+    return Sample(str(key), tuple(messages), images, answer, kind, str(path), number)
+
+
+def _llava_message(turn: Any) -> dict[str, Any]:
+    """A turn of LLaVA's; the `<image>` tags of a user become parts.
+
+    As in LLaVA, a single tag goes to the front of its turn; several stay where they are. The newline behind a
+    tag is dropped since the chat template writes it.
+    """
+    match turn:
+        case {"from": str(speaker), "value": str(text)} if speaker in SPEAKERS:
+            role = SPEAKERS[speaker]
+        case _:
+            raise DataError(f"a turn is not from ({', '.join(SPEAKERS)}) and value: {str(turn)[:80]}")
+    texts = text.split(IMAGE_TAG)
+    if role != "user" or len(texts) == 1:
+        return {"role": role, "content": text}
+    if len(texts) == 2:
+        texts = ["", "".join(texts).strip()]
+    parts = [{"type": "text", "text": texts[0]}]
+    for text in texts[1:]:
+        parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
+    return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
+
+
+def _refuse_surrogates(record: dict[str, Any]) -> None:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("holds a lone surrogate, which is not a character") from None
+
+
+def _image_names(record: dict[str, Any]) -> list[str]:
+    names = record.get("images", record.get("image"))
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError("image must be a file name or a list of them")
+    return names
+
+
+def _image_path(root: Path, name: str) -> Path:
+    """An existing file whose path, as written, lies under `root` (links in there are the user's own)."""
+    base = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(base, name))
+    if not Path(path).is_relative_to(base):
+        raise DataError(f"image {name!r} is outside the image folder {base}")
+    if not os.path.isfile(path):
+        raise DataError(f"image {name!r} is not in the image folder {base}")
+    return Path(path)

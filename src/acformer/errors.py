@@ -1,0 +1,51 @@
+"""The errors a user can cause, each with the exit code that the command line returns for it.
+
+Every message says what is wrong, where, and what to do; the command line prints it as the single line
+`acformer: error: <message>`. Codes: 0 ok, 2 usage or config, 3 data, 4 checkpoint or model, 5 diverged,
+75 preempted (resume with the same command).
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AcFormerError(Exception):
+    """Anything wrong that the user can mend; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(AcFormerError, ValueError):
+    """A flag, recipe key or name that does not exist or does not fit (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(AcFormerError, ValueError):
+    """A data file or record that cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class ImageError(DataError):
+    """A picture that cannot or must not be decoded (exit code 3)."""
+
+
+class CheckpointError(AcFormerError):
+    """A checkpoint or model that is missing, incomplete or of another shape (exit code 4)."""
+
+    exit_code = 4
+
+
+class DivergedError(AcFormerError):
+    """Training produced a loss or gradient that is not finite (exit code 5)."""
+
+    exit_code = 5
+
+
+def unknown_name(what: str, name: str, valid: Iterable[str]) -> UsageError:
+    """`UsageError` for a misspelt `name`, with the nearest valid one first and the rest after it."""
+    names = sorted(valid)
+    near = get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"unknown {what} {name!r}; {hint}valid: {', '.join(names)}")

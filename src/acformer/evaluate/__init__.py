@@ -1,0 +1,1 @@
+"""Answering data sets and scoring the answers."""

@@ -1,0 +1,122 @@
+"""Questions in, answers out: greedy decoding in left-padded batches, one prediction a line."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TextStreamer
+
+from acformer.data.collate import stack_features
+from acformer.data.conversation import Message, encode_prompt
+from acformer.data.sources import Sample
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.images import load_image
+
+Features = Callable[[Path], dict[str, Tensor]]
+
+
+def prompt_inputs(
+    processor: AcFormerProcessor,
+    prompts: Sequence[Sequence[Message]],
+    images: Sequence[Path],
+    features: Features | None = None,
+    num_image_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Model inputs for a batch of prompts, padded on the left so that answers start side by side.
+
+    `images`: the pictures of all prompts in order. `features`: what a frozen encoder made of a path, if known.
+    """
+    rows = [encode_prompt(processor, prompt, num_image_tokens=num_image_tokens) for prompt in prompts]
+    length = max(len(row) for row in rows)
+    pad = processor.tokenizer.pad_token_id
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+    }
+    if num_image_tokens is not None:
+        inputs["num_image_tokens"] = num_image_tokens
+    if images and features is not None:
+        inputs["vision_features"] = stack_features(images, features)
+    elif images:
+        pictures = [load_image(path) for path in images]
+        inputs["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return inputs
+
+
+def answer(
+    model: AcFormerForConditionalGeneration,
+    processor: AcFormerProcessor,
+    samples: Sequence[Sample],
+    *,
+    features: Features | None = None,
+    num_image_tokens: int | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    progress: bool = True,
+) -> Iterator[str]:
+    """The model's answer to each sample, in order, as it becomes known.
+
+    The batch does not change the answer (in float32). Errors: `ImageError` for a picture that cannot be read;
+    an evaluation never scores an error as a wrong answer.
+    """
+    options = generation_options(processor, max_new_tokens)
+    with tqdm(total=len(samples), desc="answer", unit="q", disable=not progress) as bar:
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            images = [path for sample in batch for path in sample.images]
+            prompts = [sample.prompt for sample in batch]
+            inputs = prompt_inputs(processor, prompts, images, features, num_image_tokens)
+            with torch.inference_mode():
+                output = model.generate(**to_device(inputs, model.device), **options)
+            yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
+            bar.update(len(batch))
+
+
+def ask(
+    model: AcFormerForConditionalGeneration,
+    processor: AcFormerProcessor,
+    image: Path,
+    question: str,
+    *,
+    num_image_tokens: int | None = None,
+    max_new_tokens: int = 128,
+    stream: bool = False,
+) -> str:
+    """The answer to one question about one picture; `stream` prints it word by word as it is made."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    inputs = prompt_inputs(processor, [[{"role": "user", "content": content}]], [image], None, num_image_tokens)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    options = generation_options(processor, max_new_tokens)
+    with torch.inference_mode():
+        output = model.generate(**to_device(inputs, model.device), **options, streamer=streamer)
+    return decode(processor, output[:, inputs["input_ids"].shape[1] :])[0]
+
+
+def generation_options(processor: AcFormerProcessor, max_new_tokens: int) -> dict[str, Any]:
+    """Greedy decoding that ends at the end token of the template."""
+    tokenizer = processor.tokenizer
+    return {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def decode(processor: AcFormerProcessor, ids: Tensor) -> list[str]:
+    """Answers as text, without special tokens and the space that some templates put before them."""
+    return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors, also those one level down, on the device."""
+    moved: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            moved[name] = to_device(value, device)
+        else:
+            moved[name] = value.to(device) if isinstance(value, Tensor) else value
+    return moved

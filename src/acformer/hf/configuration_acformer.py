@@ -1,0 +1,71 @@
+"""`AcFormerConfig`: the architecture, saved with the weights. How it was trained is a `Recipe`'s business."""
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from acformer.cls_attention import num_prefix_tokens
+from acformer.connectors import Geometry, build_connector
+from acformer.vision import patch_grid
+
+
+class AcFormerConfig(PreTrainedConfig):
+    """Image encoder + connector + language model.
+
+    vision_config, text_config: configs (or their dicts) of the two Hugging Face models; default CLIP and Llama.
+    connector, connector_kwargs: a name from `list_connectors()` and its options.
+    feature_layer: index into the encoder's `hidden_states`; blocks after it are not built (paper: -2).
+    image_size: pixels a side that the encoder is fed; default the encoder's own.
+    image_token_id: the placeholder that the language model's vocabulary holds for an image token.
+    """
+
+    model_type = "acformer"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+
+    vision_config: Any = None
+    text_config: Any = None
+    connector: str = "acformer"
+    connector_kwargs: Any = None
+    feature_layer: int = -2
+    image_size: Any = None
+    image_token_id: int = 32000
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
+        self.text_config = _sub_config(self.text_config, "llama")
+        self.connector_kwargs = dict(self.connector_kwargs or {})
+        self.image_size = self.image_size or self.vision_config.image_size
+        super().__post_init__(**kwargs)
+        # The head belongs to the language model: its config alone says whether it shares the embeddings.
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes between which the connector stands."""
+        return Geometry(
+            vision_hidden_size=self.vision_config.hidden_size,
+            text_hidden_size=self.text_config.hidden_size,
+            grid=patch_grid(self.vision_config, self.image_size, self.image_size),
+            num_prefix_tokens=num_prefix_tokens(self.vision_config),
+        )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """T: what one image costs the language model, as the connector tells it."""
+        with torch.device("meta"):
+            return build_connector(self.connector, self.geometry, **self.connector_kwargs).num_tokens
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """P + N: what the encoder gives, of which T remain."""
+        return self.geometry.num_prefix_tokens + self.geometry.num_patches
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config or {})
+    return CONFIG_MAPPING[config.pop("model_type", default)](**config)

@@ -1,0 +1,204 @@
+"""A run as data: YAML plus `key=value` overrides. What is in a recipe is all there is to a run.
+
+    model:      what is built (encoder, language model, connector)
+    pretrain:   stage 1, if the run has one
+    finetune:   stage 2, if the run has one
+    stage:      all | pretrain | finetune: which of them to run now
+
+A stage's `learning_rates` name the modules that train; whatever is not named is frozen. Everything under `training`
+goes to `transformers.TrainingArguments` as it stands.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from acformer.errors import UsageError, unknown_name
+
+STAGES = ("pretrain", "finetune")
+MODULES = ("vision_tower", "connector", "language_model")
+
+
+@dataclass
+class ModelSpec:
+    """What is built before training.
+
+    vision: `embedded:dinov2-s14`, a hub name or a folder. text: likewise, or a dict that configures a new language
+    model (then `tokenizer_vocab` is the size of the byte-level BPE that is trained on the data).
+    template: chat template saved with the model: `vicuna_v1`, or `tokenizer` for the language model's own.
+    """
+
+    vision: str
+    text: str | dict
+    connector: str = "acformer"
+    connector_kwargs: dict = field(default_factory=dict)
+    feature_layer: int = -2
+    image_size: int | None = None
+    template: str = "vicuna_v1"
+    tokenizer_vocab: int = 512
+    dtype: str = "float32"
+
+
+@dataclass
+class StageSpec:
+    """One stage: its data, which modules learn and how fast, and `TrainingArguments` as they are.
+
+    template: for this stage's data only (`plain` in stage 1); default the model's. max_bad_fraction: of the
+    records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
+    many records of one picture stand together in a batch, and the connector runs once for them.
+    """
+
+    data: str
+    learning_rates: dict
+    training: dict = field(default_factory=dict)
+    template: str | None = None
+    image_root: str | None = None
+    max_samples: int | None = None
+    max_length: int = 2048
+    group: int = 1
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class Recipe:
+    """A whole run; see the module's docstring. `cache_features`: run the frozen encoder once an image, on disk."""
+
+    name: str
+    model: ModelSpec
+    pretrain: StageSpec | None = None
+    finetune: StageSpec | None = None
+    stage: str = "all"
+    seed: int = 0
+    output_dir: str = "runs/{name}"
+    cache_features: bool = False
+    resume: bool = True
+    from_model: str | None = None
+    """A folder with a model to go on from, instead of building one (say, after stage 1 on another machine)."""
+
+    @property
+    def output(self) -> Path:
+        """Where the run writes; `{name}` in `output_dir` stands for the recipe's name."""
+        return Path(self.output_dir.format(name=self.name))
+
+    def stages(self) -> Iterator[tuple[str, StageSpec]]:
+        """The stages to run now, in order."""
+        for stage in STAGES:
+            spec = getattr(self, stage)
+            if spec is not None and self.stage in ("all", stage):
+                yield stage, spec
+
+    def to_yaml(self) -> str:
+        """The recipe with every override in it: saved beside the model, it repeats the run."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or path, with `section.key=value` overrides (values are YAML).
+
+    `model.connector=NAME` starts from that connector's own defaults: give its options after it.
+
+    Raises:
+        UsageError: no such recipe, key or stage (with the nearest valid name), or a value of the wrong type.
+    """
+    values = _read(name)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise UsageError(f"override {override!r} is not of the form key=value")
+        _assign(values, key.strip().split("."), _parse(value, override))
+    recipe = _build(Recipe, values, "")
+    _validate(recipe)
+    return recipe
+
+
+def _folder() -> Any:
+    return files("acformer") / "recipes"
+
+
+def _read(name: str) -> dict:
+    path = Path(name)
+    if name.endswith((".yaml", ".yml")) or path.is_file():
+        try:
+            values = _parse(path.read_text(encoding="utf-8"), name)
+        except OSError as error:
+            raise UsageError(f"cannot read recipe {name}: {error.strerror}") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"recipe {name} is not a mapping of keys to values")
+        return {"name": path.stem, **values}
+    if name not in list_recipes():
+        raise unknown_name("recipe", name, list_recipes())
+    return {"name": name, **yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"not valid YAML: {where}: {' '.join(str(error).split())}") from error
+
+
+def _assign(values: dict, keys: list[str], value: Any) -> None:
+    *sections, last = keys
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"recipe key {'.'.join(keys)!r}: {section!r} is a value, not a section")
+    values[last] = value
+    if keys == ["model", "connector"]:
+        values["connector_kwargs"] = {}  # the recipe's options belong to the connector that it names
+
+
+def _build(spec: type, values: Mapping, where: str) -> Any:
+    """A dataclass from a mapping, sections recursively; every key must exist and every value fit its type."""
+    hints = get_type_hints(spec)
+    kwargs = {}
+    for key, value in values.items():
+        path = f"{where}{key}"
+        if key not in hints:
+            raise unknown_name("recipe key", path, [f"{where}{name}" for name in hints])
+        kwargs[key] = _coerce(hints[key], value, path)
+    required = [f.name for f in fields(spec) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in kwargs]
+    if missing:
+        raise UsageError(f"recipe key {where}{missing[0]} is missing")
+    return spec(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    allowed = get_args(hint) or (hint,)
+    for kind in allowed:
+        if kind in (ModelSpec, StageSpec) and isinstance(value, Mapping):
+            return _build(kind, value, f"{path}.")
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise UsageError(f"recipe key {path} must be {names}, got {value!r}")
+    return value
+
+
+def _validate(recipe: Recipe) -> None:
+    if recipe.stage not in ("all", *STAGES):
+        raise unknown_name("stage", recipe.stage, ("all", *STAGES))
+    if not list(recipe.stages()):
+        raise UsageError(f"recipe {recipe.name!r} has nothing to run for stage={recipe.stage}")
+    for stage, spec in recipe.stages():
+        for module, rate in spec.learning_rates.items():
+            if module not in MODULES:
+                raise unknown_name(f"module under {stage}.learning_rates", str(module), MODULES)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
+                hint = " (write 5.0e-4: YAML reads 5e-4 as text)" if isinstance(rate, str) else ""
+                raise UsageError(f"{stage}.learning_rates.{module} must be a positive number, got {rate!r}{hint}")
+        if not spec.learning_rates:
+            raise UsageError(f"{stage}.learning_rates is empty: name the modules that train")
+    if recipe.cache_features and any("vision_tower" in spec.learning_rates for _, spec in recipe.stages()):
+        raise UsageError("cache_features needs a frozen encoder: take vision_tower out of learning_rates")

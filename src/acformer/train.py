@@ -1,0 +1,253 @@
+"""Two-stage training (Sec. 4.1) on the Hugging Face Trainer: accelerate, FSDP, DeepSpeed and loggers come along.
+
+What is added to the Trainer: one learning rate a module (a module without one is frozen), a frozen encoder whose
+features come from disk, a stop before the first step that is not finite, checkpoints that are whole or absent.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from acformer.build import build_model
+from acformer.checkpoints import damage, load_model, newest_whole, save_model, write_manifest
+from acformer.data.collate import Collator, ConversationDataset
+from acformer.data.conversation import resolve_template, split_at_images
+from acformer.data.sources import Sample, SkipLog, load_samples
+from acformer.embedded import cache_dir
+from acformer.errors import DivergedError, UsageError, unknown_name
+from acformer.features import FeatureCache
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.recipe import MODULES, Recipe, StageSpec
+
+logger = logging.getLogger("acformer")
+
+
+def train(recipe: Recipe, *, progress: bool = True) -> Path:
+    """Run the stages of a recipe; returns the folder of the model that the last one made.
+
+    A stage that is already whole in the output folder, with the same recipe, is not run again; an interrupted one
+    goes on from its newest whole checkpoint (unless `resume: false`).
+
+    Raises:
+        UsageError: recipe and output folder do not fit. DataError: too many bad records. CheckpointError: a part
+        cannot be loaded. DivergedError: loss or gradient not finite; the last checkpoint is untouched.
+    """
+    set_seed(recipe.seed)
+    _claim_output(recipe)
+    parts = None
+    folder = recipe.output
+    for stage, spec in recipe.stages():
+        folder = recipe.output / stage / "model"
+        if recipe.resume and folder.exists() and damage(folder) is None:
+            logger.info("stage %s is done: %s", stage, folder)
+            parts = load_model(str(folder))
+            continue
+        samples, skip_log = stage_samples(spec, recipe.output / stage)
+        parts = parts or _first_model(recipe, stage, samples)
+        _run_stage(recipe, stage, parts, samples, skip_log, progress)
+        save_model(*parts, folder)
+        logger.info("stage %s: model saved in %s", stage, folder)
+    return folder
+
+
+def stage_samples(spec: StageSpec, folder: Path) -> tuple[list[Sample], SkipLog]:
+    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`."""
+    skip_log = SkipLog(folder / "skipped.jsonl", max_bad_fraction=spec.max_bad_fraction)
+    samples = load_samples(spec.data, image_root=spec.image_root, skipped=skip_log)
+    return samples[: spec.max_samples], skip_log
+
+
+def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
+    """Only the named modules learn; returns the table of who does, with parameter counts."""
+    lines = []
+    for name, parameters in module_parameters(model).items():
+        rate = learning_rates.get(name)
+        for parameter in parameters:
+            parameter.requires_grad_(rate is not None)
+        count = sum(p.numel() for p in parameters)
+        lines.append(f"{name:<15} {count / 1e6:9.2f} M  {'frozen' if rate is None else f'lr {rate:g}'}")
+    return "\n".join(lines)
+
+
+def module_parameters(model: AcFormerForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """Every parameter of the model once, under the module that a recipe names; the head is the language model's."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in MODULES}
+    for name, parameter in model.named_parameters():
+        owner = next((module for module in MODULES if name.startswith(f"model.{module}.")), "language_model")
+        groups[owner].append(parameter)
+    return groups
+
+
+class AcFormerTrainer(Trainer):
+    """The Trainer with a learning rate a module, and frozen modules kept in eval mode."""
+
+    def __init__(self, *, learning_rates: dict[str, float], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.learning_rates = learning_rates
+        self.sample_ids: list[str] = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what `optim` says) with one group a module and decay setting."""
+        if self.optimizer is None:
+            decayed = {id(p) for n, p in self.model.named_parameters() if n in self._decayed_names()}
+            groups = []
+            for module, parameters in module_parameters(self.model).items():
+                if module not in self.learning_rates:
+                    continue
+                for decay in (self.args.weight_decay, 0.0):
+                    chosen = [p for p in parameters if (id(p) in decayed) == (decay > 0)]
+                    groups.append({"params": chosen, "lr": self.learning_rates[module], "weight_decay": decay})
+                    if self.args.weight_decay == 0:
+                        break
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        """The model's loss; a loss that is not finite stops the run before anything is changed by it."""
+        self.sample_ids = inputs.pop("sample_ids", [])
+        if "vision_tower" not in self.learning_rates:
+            self.accelerator.unwrap_model(model).model.vision_tower.eval()
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss):
+            names = ", ".join(self.sample_ids)
+            raise DivergedError(f"loss is {loss.item()} at step {self.state.global_step + 1}: samples {names}")
+        return result
+
+    def _decayed_names(self) -> set[str]:
+        return set(self.get_decay_parameter_names(self.model)) if self.args.weight_decay > 0 else set()
+
+
+class Guard(TrainerCallback):
+    """Stops before an optimizer step on gradients that are not finite; completes every checkpoint's manifest."""
+
+    def __init__(self) -> None:
+        self.trainer: AcFormerTrainer | None = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Gradients are looked at after clipping: one that is not finite has spread to all of them by then."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            names = ", ".join(self.trainer.sample_ids) if self.trainer else ""
+            raise DivergedError(f"the gradient is not finite at step {state.global_step + 1}: samples {names}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The manifest comes last: a checkpoint without one did not finish."""
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool) -> TrainingArguments:
+    """The recipe's `training` section over our defaults; `UsageError` for an argument that does not exist."""
+    defaults = {
+        "output_dir": str(folder),
+        "seed": seed,
+        "learning_rate": max(spec.learning_rates.values()),
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.0,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": not progress,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    valid = TrainingArguments.__dataclass_fields__
+    for key in spec.training:
+        if key not in valid:
+            raise unknown_name("training argument", key, valid)
+    try:
+        return TrainingArguments(**{**defaults, **spec.training})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"training arguments do not fit: {error}") from error
+
+
+def _claim_output(recipe: Recipe) -> None:
+    """The output folder belongs to one recipe; another one in it would mix two runs."""
+    record = recipe.output / "recipe.yaml"
+    mine = copy.copy(recipe)
+    mine.stage, mine.resume = "all", True
+    if recipe.resume and record.exists() and record.read_text(encoding="utf-8") != mine.to_yaml():
+        raise UsageError(
+            f"{recipe.output} holds a run of another recipe ({record}); choose output_dir=..., or resume=false to "
+            "write over it"
+        )
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    record.write_text(mine.to_yaml(), encoding="utf-8")
+
+
+def _first_model(
+    recipe: Recipe, stage: str, samples: Iterable[Sample]
+) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+    """What the first stage of this call starts from: a given model, stage 1's result, or new parts."""
+    after_pretrain = recipe.output / "pretrain" / "model"
+    if recipe.from_model is not None:
+        return load_model(recipe.from_model)
+    if stage == "finetune" and recipe.pretrain is not None:
+        if not after_pretrain.exists():
+            raise UsageError(f"stage=finetune goes on from {after_pretrain}, which is not there: run pretrain first")
+        return load_model(str(after_pretrain))
+    texts = (text for sample in samples for message in sample.messages for text in split_at_images(message))
+    return build_model(recipe.model, texts)
+
+
+def _run_stage(
+    recipe: Recipe,
+    stage: str,
+    parts: tuple[AcFormerForConditionalGeneration, AcFormerProcessor],
+    samples: list[Sample],
+    skip_log: SkipLog,
+    progress: bool,
+) -> None:
+    model, processor = parts
+    spec: StageSpec = getattr(recipe, stage)
+    folder = recipe.output / stage
+    logger.info("stage %s: %d samples\n%s", stage, len(samples), freeze(model, spec.learning_rates))
+    speaker = copy.copy(processor)
+    if spec.template is not None:
+        speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
+    guard = Guard()
+    trainer = AcFormerTrainer(
+        model=model,
+        args=training_arguments(spec, folder, recipe.seed, progress),
+        train_dataset=ConversationDataset(samples, speaker, max_length=spec.max_length, group=spec.group),
+        data_collator=Collator(
+            speaker,
+            features=cached_features(parts, samples, progress) if recipe.cache_features else None,
+            skip_log=skip_log,
+        ),
+        learning_rates=spec.learning_rates,
+        callbacks=[guard],
+    )
+    guard.trainer = trainer
+    checkpoint = newest_whole(folder, logger.warning) if recipe.resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+    logger.info(
+        "stage %s: used %d of %d records, skipped %d",
+        stage,
+        skip_log.used,
+        skip_log.offered,
+        skip_log.skipped,
+    )
+
+
+def cached_features(
+    parts: tuple[AcFormerForConditionalGeneration, AcFormerProcessor],
+    samples: Iterable[Sample],
+    progress: bool = True,
+) -> FeatureCache:
+    """The encoder's features of every picture of the samples, encoded now or read from the user's cache folder."""
+    model, processor = parts
+    tower = model.model.vision_tower
+    cache = FeatureCache(cache_dir() / "features", model.get_vision_features, tower, processor.image_processor)
+    cache.add((path for sample in samples for path in sample.images), progress=progress)
+    return cache

@@ -1,0 +1,145 @@
+"""Shared by all tests: shapes checked as types, tiny encoders, made-up features, a record of what torch runs."""
+
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+from beartype import BeartypeConf, beartype
+from hypothesis import settings
+from jaxtyping import jaxtyped
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
+
+import acformer.connectors
+from acformer.connectors import Geometry
+from acformer.vision import VisionFeatures
+
+settings.register_profile("acformer", deadline=None, derandomize=True, database=None)
+settings.load_profile("acformer")
+
+
+def check_types(*modules: ModuleType) -> None:
+    """Check the shapes that the modules' functions and methods declare, wherever they have been imported to.
+
+    As jaxtyping's import hook, except that what comes of it can be compiled with `fullgraph=True`.
+    """
+    checked = {}
+    for module in modules:
+        classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+        for owner in [module, *classes]:
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, property):
+                    setattr(owner, name, property(_checked(value.fget), doc=value.__doc__))
+                elif _written_in(module, value):
+                    checked[value] = _checked(value)
+                    setattr(owner, name, checked[value])
+    importers = [module for name, module in sys.modules.items() if name.startswith("acformer")]
+    for importer in importers:
+        for name, value in list(vars(importer).items()):
+            if isinstance(value, FunctionType) and value in checked:
+                setattr(importer, name, checked[value])
+
+
+def _written_in(module: ModuleType, value: Any) -> bool:
+    """A function of this very file, and not what @dataclass or @contextmanager made of it."""
+    is_own = isinstance(value, FunctionType) and value.__code__.co_filename == module.__file__
+    return is_own and not hasattr(value, "__wrapped__")
+
+
+def _checked(function: Callable) -> Callable:
+    """Checked in eager mode; the plain function where torch compiles or exports."""
+    int_is_float = BeartypeConf(is_pep484_tower=True)
+    with_checks = jaxtyped(function, typechecker=beartype(conf=int_is_float))
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if torch.compiler.is_compiling() else with_checks)(*args, **kwargs)
+
+    return call
+
+
+_connector_files = [f"acformer.connectors.{m.name}" for m in pkgutil.iter_modules(acformer.connectors.__path__)]
+_typed = ["acformer.anchors", "acformer.cls_attention", "acformer.vision", "acformer.connectors", *_connector_files]
+check_types(*map(import_module, _typed))
+
+FAMILIES = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    """Every `model_type` of vision encoder."""
+    return request.param
+
+
+@pytest.fixture
+def make_tower() -> Callable[..., PreTrainedModel]:
+    """(family, seed, attention kernel, config fields) -> a tiny encoder; the same seed gives the same weights."""
+
+    def make(family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **fields: Any) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        config = CONFIG_MAPPING[family](**{**TINY, **fields})
+        tower = AutoModel.from_config(config, attn_implementation=attn_implementation).eval()
+        with torch.no_grad():
+            for parameter in tower.parameters():  # fresh weights are so small that every patch looks the same
+                parameter.add_(torch.randn_like(parameter), alpha=0.15)
+        return tower
+
+    return make
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    """(2, 3, 28, 28) noise: a batch for the tiny encoders."""
+    return torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def make_features() -> Callable[..., VisionFeatures]:
+    """(geometry, batch, dtype) -> random `VisionFeatures` that fit the geometry."""
+
+    def make(geometry: Geometry, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> VisionFeatures:
+        generator = torch.Generator().manual_seed(seed)
+        length = geometry.num_prefix_tokens + geometry.num_patches
+        tokens = torch.randn(batch, length, geometry.vision_hidden_size, generator=generator).to(dtype)
+        row = torch.randn(batch, 4, geometry.num_patches, generator=generator).softmax(-1)
+        return VisionFeatures(tokens, row, geometry.grid, geometry.num_prefix_tokens)
+
+    return make
+
+
+class OpRecord(TorchDispatchMode):
+    """Names of the operations that torch runs and the shapes of the tensors that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.ops.append(func.overloadpacket.__name__)
+        self.shapes += [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return output
+
+
+@pytest.fixture
+def record_ops() -> type[OpRecord]:
+    """`with record_ops() as record:` what torch runs inside."""
+    return OpRecord

@@ -1,0 +1,140 @@
+"""The processor: one `<image>` becomes T image tokens, whatever the picture; what it refuses; what it saves."""
+
+import json
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from packaging.version import Version
+from transformers import AutoProcessor
+
+from acformer.hf import AcFormerProcessor
+
+TEXT = "USER: <image>\nWhat? ASSISTANT:"
+
+
+@pytest.fixture
+def processor():
+    return tiny.processor()
+
+
+def count(processor, inputs) -> list[int]:
+    """Image tokens in every row."""
+    return [ids.count(processor.image_token_id) for ids in map(list, inputs["input_ids"])]
+
+
+def test_an_image_tag_becomes_image_tokens(processor):
+    inputs = processor(tiny.picture(), TEXT)
+    before, after = TEXT.split("<image>")
+    written = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert written == before + "<image>" * 5 + after
+    assert np.array(inputs["pixel_values"]).shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 3), (16, 16), (7, 50)])
+def test_size_and_shape_of_a_picture_change_nothing(processor, size):
+    inputs = processor(tiny.picture(size=size), TEXT)
+    assert count(processor, inputs) == [5]
+    assert np.array(inputs["pixel_values"]).shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_batch(processor, padding_side):
+    texts = [TEXT, "<image><image> Which?", "Who?"]
+    images = [[tiny.picture(0)], tiny.pictures([1, 2]), []]
+    inputs = processor(images, texts, return_tensors="pt", padding=True, padding_side=padding_side)
+    assert count(processor, {"input_ids": inputs["input_ids"].tolist()}) == [5, 10, 0]
+    alone = processor(tiny.pictures([0, 1, 2]), "<image>" * 3, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], alone["pixel_values"])
+    for row, (text, pictures) in enumerate(zip(texts, images, strict=True)):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        assert ids.tolist() == processor(pictures or None, text)["input_ids"][0]
+
+
+def test_text_alone(processor):
+    inputs = processor(text="Who?")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"] == [processor.tokenizer("Who?")["input_ids"]]
+
+
+def test_another_budget_for_one_call(processor):
+    inputs = processor(tiny.picture(), TEXT, num_image_tokens=12)
+    assert count(processor, inputs) == [12]
+    assert inputs["num_image_tokens"] == 12
+    own = processor(tiny.picture(), TEXT, num_image_tokens=5)
+    assert count(processor, own) == count(processor, processor(tiny.picture(), TEXT)) == [5]
+    assert "num_image_tokens" not in own
+    assert processor.num_image_tokens == 5
+
+
+@pytest.mark.parametrize(("tags", "images"), [(0, 1), (1, 0), (1, 2), (2, 1)])
+def test_tags_and_images_must_agree(processor, tags, images):
+    with pytest.raises(ValueError, match=r"(?i)image"):
+        processor(tiny.pictures(range(images)) or None, "Look: " + "<image>" * tags, return_tensors="pt")
+
+
+def test_truncation_into_the_image_is_refused(processor):
+    with pytest.raises(ValueError, match="truncation"):
+        processor(tiny.picture(), TEXT, truncation=True, max_length=6)
+
+
+def test_a_tokenizer_without_the_token_is_refused(processor):
+    with pytest.raises(ValueError, match="no '<picture>' token; add it"):
+        AcFormerProcessor(processor.image_processor, processor.tokenizer, image_token="<picture>")
+
+
+def test_saved_and_loaded(processor, tmp_path):
+    processor = tiny.processor(num_image_tokens=12, image_size=24)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["num_image_tokens"] == 12
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, AcFormerProcessor)
+    assert again.to_dict() == processor.to_dict()
+    assert again.chat_template == processor.chat_template
+    expected, got = (one(tiny.picture(), TEXT, return_tensors="pt") for one in (processor, again))
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_chat_template_takes_content_lists(processor, tokens):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+        {"role": "user", "content": "And?"},
+    ]
+    written = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert written.endswith("USER: <image>\nWhat? ASSISTANT: Red.</s>USER: And? ASSISTANT:")
+    options = {"processor_kwargs": {"num_image_tokens": tokens}} if tokens else {}
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
+    expected = processor(tiny.picture(), written, return_tensors="pt", num_image_tokens=tokens)
+    assert set(inputs) == set(expected)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.skipif(Version(version("transformers")) < Version("5.18"), reason="image tokens shift the mask")
+def test_the_answers_can_be_masked(processor):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Red."}]},
+    ]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    said = inputs["input_ids"][inputs["assistant_masks"].bool()]
+    assert processor.tokenizer.decode(said).strip() == "Red.</s>"
+
+
+def test_token_counts_for_servers(processor):
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(10, 20), (300, 5)])
+    assert counts["num_image_tokens"] == [5, 5]
+    assert counts["num_image_patches"] == [1, 1]
+    assert processor._get_num_multimodal_tokens()["num_image_tokens"] == []
+
+
+def test_names_of_the_inputs(processor):
+    assert {"input_ids", "attention_mask", "pixel_values"} <= set(processor.model_input_names)

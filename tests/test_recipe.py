@@ -1,0 +1,111 @@
+"""Recipes are tested data: every YAML that ships loads, fits its dataclasses and its TrainingArguments."""
+
+import pytest
+import yaml
+
+from acformer.connectors import connector_options
+from acformer.data.conversation import TEMPLATES
+from acformer.errors import UsageError
+from acformer.recipe import Recipe, list_recipes, load_recipe
+from acformer.train import training_arguments
+
+
+def test_what_ships():
+    assert list_recipes() == ["llava15-7b-acformer145", "llava15-7b-mlp577", "smol", "tiny"]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_names_things_that_exist(name, tmp_path):
+    recipe = load_recipe(name)
+    assert set(recipe.model.connector_kwargs) <= set(connector_options(recipe.model.connector))
+    assert recipe.model.template in {*TEMPLATES, "tokenizer"}
+    assert str(recipe.output) == f"runs/{name}"
+    for _, spec in recipe.stages():
+        assert training_arguments(spec, tmp_path, recipe.seed, progress=False).output_dir == str(tmp_path)
+        assert spec.template is None or spec.template in TEMPLATES
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_says_command_hardware_time_and_score(name):
+    from importlib.resources import files
+
+    text = (files("acformer") / "recipes" / f"{name}.yaml").read_text()
+    head = text[: text.index("\nmodel:")]
+    assert f"acformer.cli train {name}" in head or f"acformer train {name}" in head
+    assert "hardware" in head
+    assert "expect" in head
+
+
+def test_the_papers_recipe_is_the_papers():
+    from acformer.paper import RECIPE
+
+    recipe = load_recipe("llava15-7b-acformer145")
+    assert recipe.model.connector_kwargs == {"num_anchors": 144}
+    assert recipe.pretrain.learning_rates == {"connector": RECIPE["pretrain"].learning_rate}
+    assert set(recipe.finetune.learning_rates.values()) == {RECIPE["finetune"].learning_rate}
+    for stage, spec in recipe.stages():
+        assert spec.training["per_device_train_batch_size"] * 8 == RECIPE[stage].batch_size
+
+
+def test_overrides_are_yaml_and_reach_every_level():
+    recipe = load_recipe(
+        "smol",
+        ["seed=3", "model.connector_kwargs.num_anchors=16", "finetune.training.max_steps=7", "stage=pretrain"],
+    )
+    assert recipe.seed == 3
+    assert recipe.model.connector_kwargs == {"num_anchors": 16, "depth": 2}
+    assert recipe.finetune.training["max_steps"] == 7
+    assert [stage for stage, _ in recipe.stages()] == ["pretrain"]
+
+
+def test_a_recipe_file_and_its_own_record_say_the_same(tmp_path):
+    recipe = load_recipe("tiny", ["seed=5"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.conector=mlp"], "unknown recipe key 'model.conector'; did you mean 'model.connector'"),
+        (["sed=1"], "did you mean 'seed'"),
+        (["stage=finetun"], "did you mean 'finetune'"),
+        (["stage=pretrain"], "nothing to run for stage=pretrain"),
+        (["seed"], "'seed' is not of the form key=value"),
+        (["seed=[1"], "not valid YAML"),
+        (["seed=one"], "recipe key seed must be int, got 'one'"),
+        (["seed=true"], "recipe key seed must be int, got True"),
+        (["model.image_size=big"], "recipe key model.image_size must be int or nothing"),
+        (["name.deep=1"], "'name' is a value, not a section"),
+        (["finetune.learning_rates.conector=0.1"], "did you mean 'connector'"),
+        (["finetune.learning_rates.connector=5e-4"], r"write 5.0e-4: YAML reads 5e-4 as text"),
+        (["finetune.learning_rates.connector=-1"], "must be a positive number"),
+        (["finetune.learning_rates={}"], "learning_rates is empty"),
+        (["finetune.learning_rates.vision_tower=0.1"], "cache_features needs a frozen encoder"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        load_recipe("tiny", overrides)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(UsageError, match="unknown recipe 'tinny'; did you mean 'tiny'"):
+        load_recipe("tinny")
+    with pytest.raises(UsageError, match="cannot read recipe"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(UsageError, match="not a mapping"):
+        load_recipe(str(tmp_path / "list.yaml"))
+    (tmp_path / "half.yaml").write_text(yaml.safe_dump({"model": {"vision": "x"}}))
+    with pytest.raises(UsageError, match=r"recipe key model.text is missing"):
+        load_recipe(str(tmp_path / "half.yaml"))
+
+
+def test_unknown_training_argument(tmp_path):
+    recipe = load_recipe("tiny", ["finetune.training.max_step=3"])
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(UsageError, match="did you mean 'max_steps'"):
+        training_arguments(recipe.finetune, tmp_path, 0, progress=False)

@@ -1,0 +1,277 @@
+"""Two-stage training on a few pictures with models of a few thousand weights, built from ordinary local folders."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel
+
+from acformer.checkpoints import damage, load_model
+from acformer.errors import CheckpointError, DataError, DivergedError, UsageError
+from acformer.recipe import Recipe, load_recipe
+from acformer.train import AcFormerTrainer, freeze, module_parameters, train
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*:UserWarning", "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twelve pictures of one colour, a question and a caption for each, and a vision tower in a folder."""
+    folder = tmp_path_factory.mktemp("data")
+    questions, captions = [], []
+    for number in range(12):
+        name = list(COLOURS)[number % 3]
+        Image.new("RGB", (20, 14), tuple(min(255, c + number) for c in COLOURS[name])).save(folder / f"{number}.png")
+        record = {"id": str(number), "image": f"{number}.png"}
+        turns = ("<image>\nWhich colour?", name), ("<image>", f"all {name}")
+        for records, (human, gpt) in zip((questions, captions), turns, strict=True):
+            said = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+            records.append({**record, "conversations": said, "kind": "colour"})
+    (folder / "questions.json").write_text(json.dumps(questions))
+    (folder / "captions.jsonl").write_text("\n".join(json.dumps(record) for record in captions))
+    CLIPVisionModel(tiny.config().vision_config).save_pretrained(folder / "vision")
+    tiny.processor().image_processor.save_pretrained(folder / "vision")
+    return folder
+
+
+@pytest.fixture
+def recipe(data, tmp_path, monkeypatch):
+    """A function that makes the two-stage recipe, with overrides."""
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "two.yaml"
+    training = "{max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1, dataloader_pin_memory: false}"
+    path.write_text(f"""
+model:
+  vision: {data}/vision
+  text: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+         num_key_value_heads: 2, max_position_embeddings: 256}}
+  connector: acformer
+  connector_kwargs: {{num_anchors: 4, depth: 1, num_heads: 2, head_dim: 8}}
+output_dir: {tmp_path}/run
+pretrain:
+  data: {data}/captions.jsonl
+  template: plain
+  learning_rates: {{connector: 0.01}}
+  training: {training}
+finetune:
+  data: {data}/questions.json
+  learning_rates: {{connector: 0.01, language_model: 0.002}}
+  training: {training}
+""")
+
+    def make(*overrides: str) -> Recipe:
+        return load_recipe(str(path), overrides)
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    """Modules of which a weight differs."""
+    return {name.split(".")[1] for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def test_two_stages_each_train_what_the_recipe_names(recipe, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="acformer"):
+        folder = train(recipe(), progress=False)
+    assert folder == tmp_path / "run/finetune/model"
+    first, last = weights(tmp_path / "run/pretrain/model"), weights(folder)
+    assert changed(first, last) == {"connector", "language_model"} | ({"weight"} & changed(first, last))
+    assert "vision_tower" in caplog.text
+    assert "frozen" in caplog.text
+    assert "lr 0.002" in caplog.text
+    _, processor = load_model(str(tmp_path / "run"))
+    assert processor.chat_template.count("ASSISTANT") > 0  # the model's template, not stage 1's
+    log = json.loads((tmp_path / "run/finetune/log.json").read_text())
+    assert all(0 < entry["loss"] < 100 for entry in log if "loss" in entry)
+
+
+def test_stage_one_leaves_the_language_model_alone(recipe, data, tmp_path):
+    from acformer.build import build_model
+    from acformer.data.conversation import split_at_images
+    from acformer.train import set_seed, stage_samples
+
+    chosen = recipe("stage=pretrain")
+    set_seed(chosen.seed)
+    samples, _ = stage_samples(chosen.pretrain, tmp_path)
+    fresh, _ = build_model(chosen.model, (t for s in samples for m in s.messages for t in split_at_images(m)))
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    after = weights(train(chosen, progress=False))
+    assert changed(before, after) == {"connector"}
+    tower = load_file(data / "vision/model.safetensors")
+    assert any(torch.equal(after[f"model.vision_tower.{name}"], value) for name, value in tower.items())
+
+
+def test_cached_features_train_the_same_model(recipe, tmp_path):
+    losses = {}
+    for name, cache in (("live", "false"), ("cached", "true")):
+        train(recipe(f"output_dir={tmp_path}/{name}", f"cache_features={cache}"), progress=False)
+        log = json.loads((tmp_path / name / "finetune/log.json").read_text())
+        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+    assert list((tmp_path / "cache/features").glob("*/tokens.bin"))
+    # Tokens are stored in float16: features rounded by 5e-4 of their size, then six steps of AdamW.
+    assert losses["cached"] == pytest.approx(losses["live"], rel=2e-2)
+
+
+def test_a_group_asks_several_questions_about_a_picture_encoded_once(recipe, data, tmp_path):
+    records = json.loads((data / "questions.json").read_text())
+    (data / "twice.json").write_text(json.dumps(records + records))
+    folder = train(
+        recipe(
+            "stage=finetune",
+            "pretrain=null",
+            f"finetune.data={data}/twice.json",
+            "finetune.group=2",
+            "cache_features=true",
+        ),
+        progress=False,
+    )
+    assert damage(folder) is None
+
+
+def test_learning_rates_reach_the_optimizer():
+    model = tiny.model()
+    rates = {"connector": 0.1, "language_model": 0.2}
+    table = freeze(model, rates)
+    assert [line.split()[0] for line in table.splitlines()] == ["vision_tower", "connector", "language_model"]
+    groups = module_parameters(model)
+    assert sum(p.numel() for g in groups.values() for p in g) == sum(p.numel() for p in model.parameters())
+    assert not any(p.requires_grad for p in groups["vision_tower"])
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir="unused", weight_decay=0.1, report_to=[], use_cpu=True)
+    trainer = AcFormerTrainer(model=model, args=args, learning_rates=rates)
+    seen = {}
+    for group in trainer.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            seen[id(parameter)] = (group["lr"], group["weight_decay"], parameter.ndim)
+    assert len(seen) == len(groups["connector"]) + len(groups["language_model"])
+    assert {seen[id(p)][0] for p in groups["connector"]} == {0.1}
+    assert {seen[id(p)][0] for p in groups["language_model"]} == {0.2}
+    assert {decay for _, decay, ndim in seen.values() if ndim > 1} == {0.1}
+    assert {decay for _, decay, ndim in seen.values() if ndim == 1} == {0.0}
+
+
+def test_a_second_run_trains_nothing_and_another_recipe_is_refused(recipe, tmp_path, caplog):
+    folder = train(recipe(), progress=False)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    with caplog.at_level(logging.INFO, logger="acformer"):
+        train(recipe(), progress=False)
+    assert "stage finetune is done" in caplog.text
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(UsageError, match="holds a run of another recipe"):
+        train(recipe("seed=7"), progress=False)
+    train(recipe("seed=7", "resume=false"), progress=False)
+    assert (folder / "model.safetensors").stat().st_mtime_ns != stamp
+
+
+def test_resume_equals_never_stopped_and_passes_over_a_torn_checkpoint(recipe, tmp_path, caplog):
+    save = [
+        "stage=finetune",
+        "pretrain=null",
+        "finetune.training.max_steps=4",
+        "finetune.training.save_strategy=steps",
+        "finetune.training.save_steps=1",
+    ]
+    whole = train(recipe(*save, f"output_dir={tmp_path}/whole"), progress=False)
+    stopped = train(recipe(*save, f"output_dir={tmp_path}/stopped"), progress=False)
+    expected = weights(whole)
+    run = stopped.parent
+    for name in ("model", "checkpoint-4"):  # as if killed after step 3, while it was being saved
+        (run / name / "model.safetensors").unlink()
+    torn = run / "checkpoint-3/optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    train(recipe(*save, f"output_dir={tmp_path}/stopped"), progress=False)
+    assert "passing over" in caplog.text
+    assert "optimizer.pt has changed" in caplog.text
+    after = weights(stopped)
+    assert all(torch.equal(after[name], value) for name, value in expected.items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(recipe, tmp_path, monkeypatch):
+    from acformer.hf import AcFormerForConditionalGeneration
+
+    whole = AcFormerForConditionalGeneration.forward
+    calls = []
+
+    def poisoned(self, *args, **kwargs):
+        output = whole(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(AcFormerForConditionalGeneration, "forward", poisoned)
+    save = ["finetune.training.save_strategy=steps", "finetune.training.save_steps=1"]
+    with pytest.raises(DivergedError, match=r"loss is nan at step 3: samples \d+, \d+, \d+, \d+") as caught:
+        train(recipe("stage=finetune", "pretrain=null", *save), progress=False)
+    assert caught.value.exit_code == 5
+    last = tmp_path / "run/finetune/checkpoint-2"
+    assert damage(last) is None
+    assert all(value.isfinite().all() for value in weights(last).values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(recipe, monkeypatch):
+    from acformer.connectors.blocks import Projector
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    whole = Projector.forward
+    monkeypatch.setattr(Projector, "forward", lambda self, x: Poison.apply(whole(self, x)))
+    with pytest.raises(DivergedError, match="gradient is not finite at step 1"):
+        train(recipe("stage=pretrain"), progress=False)
+
+
+def test_bad_records_are_written_down_and_the_cap_works(recipe, data, tmp_path):
+    records = json.loads((data / "questions.json").read_text())
+    records[3]["image"] = "gone.png"
+    (data / "one_bad.json").write_text(json.dumps(records))
+    one_bad = ["stage=finetune", "pretrain=null", f"finetune.data={data}/one_bad.json"]
+    with pytest.raises(DataError, match="1 of 12 records are bad"):
+        train(recipe(*one_bad), progress=False)
+    train(recipe(*one_bad, "finetune.max_bad_fraction=0.1", "resume=false"), progress=False)
+    (entry,) = [json.loads(line) for line in (tmp_path / "run/finetune/skipped.jsonl").read_text().splitlines()]
+    assert entry["record"] == 4
+    assert "gone.png" in entry["reason"]
+
+
+def test_finetune_alone_wants_stage_one_first(recipe):
+    with pytest.raises(UsageError, match="run pretrain first"):
+        train(recipe("stage=finetune"), progress=False)
+
+
+def test_going_on_from_a_given_model(recipe, tmp_path):
+    folder = train(recipe("stage=pretrain"), progress=False)
+    again = train(recipe("stage=finetune", f"from_model={folder}", f"output_dir={tmp_path}/second"), progress=False)
+    assert "connector" in changed(weights(folder), weights(again))
+
+
+def test_a_changed_file_in_a_model_folder_is_refused(recipe):
+    folder = train(recipe("stage=pretrain"), progress=False)
+    path = folder / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1  # one bit: safetensors itself would load it
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"damaged: model.safetensors has changed"):
+        load_model(str(folder))
+    with pytest.raises(CheckpointError, match="no model in"):
+        load_model("/nowhere/at/all")

@@ -1,0 +1,79 @@
+"""Models and processors of a few thousand weights, random but the same in every process and every run.
+
+16 x 16 pixels, 4 x 4 patches, an encoder and a language model of two blocks each. What can be shared is made once;
+models are built anew for every caller, since tests write to them.
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CONFIG_MAPPING, BatchFeature, LlavaImageProcessorPil, PreTrainedTokenizerFast
+
+from acformer.build import train_tokenizer
+from acformer.data.conversation import TEMPLATES
+from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+
+IMAGE_SIZE = 16
+CONNECTORS: dict[str, dict[str, Any]] = {
+    "acformer": {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
+    "perceiver": {"num_queries": 5, "depth": 1, "num_heads": 2, "head_dim": 8},
+    "mlp": {},
+}
+ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["A chat between a user and an assistant. USER: ASSISTANT: red green blue"], 300)
+
+
+def processor(num_image_tokens: int = 5, image_size: int = IMAGE_SIZE, **kwargs: Any) -> AcFormerProcessor:
+    size = {"height": image_size, "width": image_size}
+    image_processor = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": image_size}, crop_size=size)
+    kwargs.setdefault("chat_template", TEMPLATES["vicuna_v1"])
+    return AcFormerProcessor(image_processor, copy.deepcopy(tokenizer()), num_image_tokens=num_image_tokens, **kwargs)
+
+
+def config(connector: str = "acformer", vision: str = "clip_vision_model", **kwargs: Any) -> AcFormerConfig:
+    """CLIP, `acformer` with 4 anchors and [CLS] (T = 5) and Llama, unless told otherwise."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    tower = CONFIG_MAPPING[vision](**sizes, image_size=IMAGE_SIZE, patch_size=4)
+    special = {f"{name}_token_id": getattr(tokenizer(), f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = CONFIG_MAPPING["llama"](
+        **sizes, num_key_value_heads=2, vocab_size=len(tokenizer()), max_position_embeddings=256, **special
+    )
+    kwargs.setdefault("connector_kwargs", CONNECTORS[connector])
+    image_token_id = tokenizer().convert_tokens_to_ids("<image>")
+    return AcFormerConfig(
+        vision_config=tower, text_config=text, connector=connector, image_token_id=image_token_id, **kwargs
+    )
+
+
+def model(connector: str = "acformer", *, seed: int = 0, **kwargs: Any) -> AcFormerForConditionalGeneration:
+    """In eval mode, with weights large enough that a picture changes what is said and greedy choices do not tie."""
+    torch.manual_seed(seed)
+    model = AcFormerForConditionalGeneration(config(connector, **kwargs)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    return model
+
+
+def inputs(texts: str | list[str], images: Any = None, *, num_image_tokens: int = 5, **kwargs: Any) -> BatchFeature:
+    """As from `processor`, tensors, padded."""
+    return processor(num_image_tokens)(images, texts, return_tensors="pt", padding=True, **kwargs)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (20, 14)) -> Image.Image:
+    """A picture of noise, wider than high."""
+    pixels = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.byte().numpy())
+
+
+def pictures(seeds: Sequence[int]) -> list[Image.Image]:
+    return [picture(seed) for seed in seeds]
