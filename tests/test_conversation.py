@@ -129,7 +129,7 @@ def count_images(messages) -> int:
     return sum(list(message["content"]).count({"type": "image"}) for message in messages)
 
 
-templates = pytest.mark.parametrize("template", ["vicuna_v1", "plain", "tokenizer"])
+templates = pytest.mark.parametrize("template", ["vicuna_v1", "plain", "bare", "tokenizer"])
 tokenizers = pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 
 
@@ -141,7 +141,7 @@ def test_only_the_assistants_words_and_end_tokens_are_labels(kind, template, dat
     processor = make_processor(kind, template)
     messages = data.draw(dialogues(max_turns=1 if template == "plain" else 4))
     encoded = encode_conversation(processor, messages)
-    space = " " if template == "vicuna_v1" else ""
+    space = " " if template in ("vicuna_v1", "bare") else ""
     said = [m["content"] for m in messages if m["role"] == "assistant"]
     said = [space + text + expected_end(processor) for text in said]
     heard = spoken(processor, encoded.labels)
@@ -207,7 +207,7 @@ def test_the_processors_own_chat_gives_the_same_ids(kind, template):
     assert told["input_ids"][0].tolist() == encode_conversation(processor, messages[:2]).input_ids
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "plain", "bare"])
 def test_labels_agree_with_the_generation_tags(template):
     processor = make_processor("sentencepiece", template)
     messages = [

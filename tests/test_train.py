@@ -98,15 +98,13 @@ def test_two_stages_each_train_what_the_recipe_names(recipe, tmp_path, caplog):
     assert all(0 < entry["loss"] < 100 for entry in log if "loss" in entry)
 
 
-def test_stage_one_leaves_the_language_model_alone(recipe, data, tmp_path):
+def test_stage_one_leaves_the_language_model_alone(recipe, data):
     from acformer.build import build_model
-    from acformer.data.conversation import split_at_images
-    from acformer.train import set_seed, stage_samples
+    from acformer.train import recipe_texts, set_seed
 
     chosen = recipe("stage=pretrain")
     set_seed(chosen.seed)
-    samples, _ = stage_samples(chosen.pretrain, tmp_path)
-    fresh, _ = build_model(chosen.model, (t for s in samples for m in s.messages for t in split_at_images(m)))
+    fresh, _ = build_model(chosen.model, recipe_texts(chosen))
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
     after = weights(train(chosen, progress=False))
     assert changed(before, after) == {"connector"}
@@ -275,3 +273,19 @@ def test_a_changed_file_in_a_model_folder_is_refused(recipe):
         load_model(str(folder))
     with pytest.raises(CheckpointError, match="no model in"):
         load_model("/nowhere/at/all")
+
+
+def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients():
+    batch = tiny.inputs(["<image> red green", "yes <image> hello blue"], tiny.pictures([0, 1]))
+    labels = batch["input_ids"].clone()
+    labels[:, :9] = -100
+    results = []
+    for only in (False, True):
+        model = tiny.model()
+        output = model(**batch, labels=labels, supervised_only=only, num_items_in_batch=torch.tensor(7))
+        output.loss.backward()
+        results.append((output.loss.detach(), model.model.connector.projector[0].weight.grad))
+    (whole, whole_grad), (part, part_grad) = results
+    assert output.logits.shape[1] == int((labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(part, whole)
+    torch.testing.assert_close(part_grad, whole_grad, rtol=1e-4, atol=1e-6)  # another order of summing

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from acformer.errors import UsageError
+
 
 def select_anchors(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tensor, "B A"]:
     """Pick `num_anchors` distinct patches an image by the progressive search (Sec. 3.3).
@@ -29,8 +31,8 @@ def select_anchors(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> I
         (B, num_anchors) int64 patch indices in 0..N-1, ascending (raster order).
 
     Raises:
-        ValueError: `num_anchors` outside 1..N; a NaN score in a CPU tensor. On an accelerator, where looking for
-            NaN would wait for the device, and inside a compiled graph a NaN ranks below every number.
+        ValueError: `num_anchors` outside 1..N (as `UsageError`); a NaN score in a CPU tensor. On an accelerator,
+            where looking for NaN would wait for the device, and in a compiled graph NaN ranks below every number.
     """
     _check(cls_attention, num_anchors)
     batch, num_heads, num_patches = cls_attention.shape
@@ -75,7 +77,7 @@ def _check(cls_attention: Tensor, num_anchors: int) -> None:
         raise ValueError(f"cls_attention must be (batch, heads, patches), got {tuple(cls_attention.shape)}")
     num_patches = cls_attention.shape[-1]
     if not 1 <= num_anchors <= num_patches:
-        raise ValueError(f"num_anchors must be in 1..{num_patches} (the number of patches), got {num_anchors}")
+        raise UsageError(f"num_anchors must be in 1..{num_patches} (the number of patches), got {num_anchors}")
     can_wait = cls_attention.device.type == "cpu" and not torch.compiler.is_compiling()
     if can_wait and bool(cls_attention.isnan().any()):
         raise ValueError("cls_attention holds NaN: the encoder produced scores that are not numbers")

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="acformer", description="Multimodal LLMs that read 65 visual tokens instead of 577.")
     parser.add_argument("--version", action="version", version=f"acformer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_quickstart, _fetch, _train, _eval, _ask, _anchors, _connectors):
+    for add in (_quickstart, _fetch, _train, _eval, _ask, _anchors, _connectors, _bench):
         add(commands, common)
     return parser
 
@@ -223,6 +223,22 @@ def _run_connectors(arguments: argparse.Namespace) -> None:
         print(f"{name:<12} {(connector.__doc__ or '').splitlines()[0]}")
         options = ", ".join(f"{key}={value}" for key, value in connector_options(name).items())
         print(f"{'':<12} {options}")
+
+
+def _bench(commands: Any, common: argparse.ArgumentParser) -> None:
+    sub = commands.add_parser("bench", parents=[common], help="time the [CLS] row and the selector, side by side")
+    sub.add_argument("what", choices=["encoder"])
+    sub.add_argument("--batch", type=_positive, nargs="+", default=[1, 8])
+    sub.add_argument("--num-anchors", type=_positive, default=144)
+    sub.add_argument("--rounds", type=_positive, default=7)
+    sub.add_argument("--out", type=Path, default=Path("results/bench"))
+    sub.set_defaults(run=_run_bench)
+
+
+def _run_bench(arguments: argparse.Namespace) -> None:
+    from acformer.bench import bench_encoder
+
+    print(bench_encoder(arguments.batch, arguments.num_anchors, arguments.rounds, arguments.out))
 
 
 def _add_device(sub: argparse.ArgumentParser) -> None:

@@ -83,7 +83,7 @@ class ClsAttentionTap:
         last.register_forward_hook(self._keep_tokens)
         if family.probe is None:
             self._record_attention(_attention_module(last, family.attention))
-        elif tower.config.vision_use_head:
+        elif tower.config.to_dict().get("vision_use_head", True):
             tower.get_submodule(family.probe).register_forward_hook(self._keep_probe)
 
     def read(self) -> tuple[Tensor, Tensor | None]:

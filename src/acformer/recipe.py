@@ -29,7 +29,7 @@ class ModelSpec:
 
     vision: `embedded:dinov2-s14`, a hub name or a folder. text: likewise, or a dict that configures a new language
     model (then `tokenizer_vocab` is the size of the byte-level BPE that is trained on the data).
-    template: chat template saved with the model: `vicuna_v1`, or `tokenizer` for the language model's own.
+    template: chat template saved with the model: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
     """
 
     vision: str

@@ -7,7 +7,7 @@ features come from disk, a stop before the first step that is not finite, checkp
 import copy
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             parts = load_model(str(folder))
             continue
         samples, skip_log = stage_samples(spec, recipe.output / stage)
-        parts = parts or _first_model(recipe, stage, samples)
+        parts = parts or _first_model(recipe, stage)
         _run_stage(recipe, stage, parts, samples, skip_log, progress)
         save_model(*parts, folder)
         logger.info("stage %s: model saved in %s", stage, folder)
@@ -88,6 +88,8 @@ def module_parameters(model: AcFormerForConditionalGeneration) -> dict[str, list
 class AcFormerTrainer(Trainer):
     """The Trainer with a learning rate a module, and frozen modules kept in eval mode."""
 
+    optimizer: Any
+
     def __init__(self, *, learning_rates: dict[str, float], **kwargs: Any):
         super().__init__(**kwargs)
         self.learning_rates = learning_rates
@@ -115,7 +117,7 @@ class AcFormerTrainer(Trainer):
         self.sample_ids = inputs.pop("sample_ids", [])
         if "vision_tower" not in self.learning_rates:
             self.accelerator.unwrap_model(model).model.vision_tower.eval()
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        result = super().compute_loss(model, {**inputs, "supervised_only": True}, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
             names = ", ".join(self.sample_ids)
@@ -184,9 +186,7 @@ def _claim_output(recipe: Recipe) -> None:
     record.write_text(mine.to_yaml(), encoding="utf-8")
 
 
-def _first_model(
-    recipe: Recipe, stage: str, samples: Iterable[Sample]
-) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+def _first_model(recipe: Recipe, stage: str) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
     """What the first stage of this call starts from: a given model, stage 1's result, or new parts."""
     after_pretrain = recipe.output / "pretrain" / "model"
     if recipe.from_model is not None:
@@ -195,8 +195,17 @@ def _first_model(
         if not after_pretrain.exists():
             raise UsageError(f"stage=finetune goes on from {after_pretrain}, which is not there: run pretrain first")
         return load_model(str(after_pretrain))
-    texts = (text for sample in samples for message in sample.messages for text in split_at_images(message))
-    return build_model(recipe.model, texts)
+    return build_model(recipe.model, recipe_texts(recipe))
+
+
+def recipe_texts(recipe: Recipe) -> Iterator[str]:
+    """All that is said in the data of all the recipe's stages: what a new tokenizer learns from."""
+    for spec in (recipe.pretrain, recipe.finetune):
+        if spec is not None:
+            skip_log = SkipLog(max_bad_fraction=spec.max_bad_fraction)
+            for sample in load_samples(spec.data, image_root=spec.image_root, skipped=skip_log):
+                for message in sample.messages:
+                    yield from split_at_images(message)
 
 
 def _run_stage(
@@ -232,9 +241,8 @@ def _run_stage(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
     logger.info(
-        "stage %s: used %d of %d records, skipped %d",
+        "stage %s: %d records read, %d skipped",
         stage,
-        skip_log.used,
         skip_log.offered,
         skip_log.skipped,
     )

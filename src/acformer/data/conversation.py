@@ -75,13 +75,31 @@ _PLAIN = """
 {%- endfor -%}
 """
 
-TEMPLATES: dict[str, str] = {"vicuna_v1": _FLATTEN + _VICUNA_V1, "plain": _FLATTEN + _PLAIN}
+_BARE = """
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- 'A:' -}}{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + ' ' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'A:' -}}{%- endif -%}
+"""
+
+TEMPLATES: dict[str, str] = {
+    "vicuna_v1": _FLATTEN + _VICUNA_V1,
+    "plain": _FLATTEN + _PLAIN,
+    "bare": _FLATTEN + _BARE,
+}
 """Jinja chat templates by name; an image part is rendered as `<image>` and a newline, at its place.
 
 - `vicuna_v1`: LLaVA-1.5's `SYSTEM USER: ... ASSISTANT: ...</s>USER: ...`; the space before an answer is the
   model's to say. A system message replaces the default system prompt.
 - `plain`: stage 1, image tokens and the caption, no other word of the user. Differs from LLaVA's: the caption
   ends with the end token instead of a newline, so that the model learns to stop.
+- `bare`: nothing but `A:` before an answer, whose space is again the model's to say; for small language models
+  that start from nothing.
 """
 
 

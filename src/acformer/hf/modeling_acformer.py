@@ -4,51 +4,29 @@ Composed of `AutoModel`s, with `LlavaForConditionalGeneration`'s module names an
 LLaVA in the connector, in stopping the encoder at the feature layer and in strict loading.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from acformer.cls_attention import ClsAttentionTap
 from acformer.connectors import Connector, build_connector
-from acformer.connectors.queries import LearnedQueries
+from acformer.connectors.initialise import initialise
 from acformer.errors import CheckpointError
 from acformer.hf.configuration_acformer import AcFormerConfig
+from acformer.hf.outputs_acformer import AcFormerCausalLMOutput, AcFormerModelOutput
 from acformer.vision import VisionFeatures, features_from_tap, size_kwargs, truncate
-
-
-@dataclass
-class AcFormerModelOutput(BaseModelOutputWithPast):
-    """As the language model's output; `image_hidden_states`: (images * T, E) visual tokens."""
-
-    image_hidden_states: Tensor | None = None
-
-
-@dataclass
-class AcFormerCausalLMOutput(ModelOutput):
-    """`loss` (scalar), `logits` (B, L, V), cache, and what was asked for; visual tokens as in the model's output."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
-    image_hidden_states: Tensor | None = None
 
 
 class AcFormerPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about our modules: what they support, how they are initialised."""
 
     config: AcFormerConfig
-    config_class = AcFormerConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -59,26 +37,16 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: of custom code, transformers would leave every module uninitialised that has no weights of its own."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Connector):
-            _init_connector(module)
-
-
-def _init_connector(connector: Connector) -> None:
-    """As the release: PyTorch's own init, whose size follows the width, and unit normal latents.
-
-    transformers' `init` functions, unlike in-place writes, leave weights alone that were loaded.
-    """
-    for module in connector.modules():
-        if isinstance(module, LearnedQueries):
-            init.normal_(module.latents, std=1.0)
-        if isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = 1 / math.sqrt(module.in_features)
-                init.uniform_(module.bias, -bound, bound)
+            initialise(module)
 
 
 class AcFormerModel(AcFormerPreTrainedModel):
@@ -167,6 +135,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
             places = self._image_places(input_ids, inputs_embeds)
             _check_counts(places.sum(), len(per_image), image_tokens.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), image_tokens)
+        elif input_ids is not None and input_ids.shape[1] > 1:  # a single id is a step of generation
+            _check_counts(self._image_places(input_ids, inputs_embeds).sum(), 0, 0)
         output = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -174,13 +144,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return AcFormerModelOutput(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=image_tokens,
-        )
+        return AcFormerModelOutput(**output, image_hidden_states=image_tokens)
 
     def _image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, L) bool: where the image tokens stand."""
@@ -229,10 +193,6 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             _refuse_wrong_keys(name, report, shapes_may_differ)
         return (model, report) if want_report else model
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The head, which transformers ties to the input embeddings when the text config says so."""
-        return self.lm_head
-
     def get_vision_features(self, pixel_values: Tensor) -> VisionFeatures:
         """See `AcFormerModel.get_vision_features`."""
         return self.model.get_vision_features(pixel_values)
@@ -240,6 +200,22 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
     def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `AcFormerModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(self, *args: Any, vision_features: VisionFeatures | Mapping | None = None, **kwargs: Any) -> Any:
+        """As transformers', with `vision_features` in place of `pixel_values` where they are known already."""
+        if vision_features is not None:
+            budget = kwargs.pop("num_image_tokens", None)
+            with torch.no_grad():
+                output = self.get_image_features(vision_features=vision_features, num_image_tokens=budget)
+            kwargs["mm_encoder_outputs"] = {"image": output}
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+        """As transformers'; images belong to the first step, which older versions forget for `mm_encoder_outputs`."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("mm_encoder_outputs", None)
+        return inputs
 
     @can_return_tuple
     def forward(
@@ -254,6 +230,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         vision_features: VisionFeatures | Mapping | None = None,
         num_image_tokens: int | None = None,
+        supervised_only: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> AcFormerCausalLMOutput:
@@ -266,6 +243,8 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
                 `num_items_in_batch` when the trainer passes it.
             vision_features: encoder output instead of `pixel_values` (see `get_image_features`).
             num_image_tokens: T for this call, where the connector is elastic; the prompt must hold as many.
+            supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
+                without the other rows of the vocabulary's product.
 
         Raises:
             ValueError: image tokens in the prompt and visual tokens of the images differ in number.
@@ -283,11 +262,13 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept, :])
+        hidden = output.last_hidden_state[:, kept, :]
+        if labels is not None and supervised_only:
+            hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
+        logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return AcFormerCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -296,6 +277,13 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             attentions=output.attentions,
             image_hidden_states=output.image_hidden_states,
         )
+
+
+def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (1, S, E) that predict a supervised token, and these tokens (1, S)."""
+    targets = labels[:, 1:]
+    chosen = targets != -100
+    return hidden[:, :-1][chosen][None], targets[chosen][None]
 
 
 def _refuse_wrong_keys(name: str | None, report: dict, shapes_may_differ: bool) -> None:

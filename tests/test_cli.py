@@ -1,0 +1,164 @@
+"""The command line as a user meets it: one-line errors, exit codes, what the commands print."""
+
+import json
+
+import pytest
+import tiny
+from safetensors.torch import load_file, save_file
+
+from acformer.cli import main
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    tiny.model().save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    tiny.picture(1, (60, 40)).save(path)
+    return path
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error of a command."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, code, *arguments):
+    """The one line that a refused command says."""
+    got, _, err = run(capsys, *arguments)
+    said = [line for line in err.splitlines() if line.startswith("acformer: error: ")]
+    assert (got, len(said)) == (code, 1), err
+    assert "Traceback" not in err
+    return said[0]
+
+
+def test_usage_errors(capsys):
+    assert "invalid choice: 'trian'" in refused(capsys, 2, "trian")
+    assert "must be a positive whole number, got '0'" in refused(capsys, 2, "eval", "model", "--limit", "0")
+    assert "did you mean 'tiny'" in refused(capsys, 2, "train", "tinny")
+    assert "did you mean 'model.connector'" in refused(capsys, 2, "train", "tiny", "model.conector=mlp")
+    assert "did you mean 'dinov2-s14'" in refused(capsys, 2, "fetch", "dinov2-s")
+
+
+def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    for key, value, message in (
+        ("connector", "acforner", "unknown connector 'acforner'; did you mean 'acformer'"),
+        ("connector_kwargs", {"num_anchor": 4}, "did you mean 'num_anchors'"),
+        ("connector_kwargs", {"num_anchors": 99}, "num_anchors=99 is outside 1..16: the image has 4 x 4 patches"),
+    ):
+        (model_folder / "config.json").write_text(json.dumps({**config, key: value}))
+        (tmp_path / "data.json").write_text("[]")
+        code, _, err = run(capsys, "eval", model_folder, "--data", tmp_path / "data.json")
+        assert code in (2, 4)
+        assert message in err
+
+
+def test_pictures_that_cannot_be_read(capsys, tmp_path, model_folder):
+    assert "no/photo.png" in refused(capsys, 3, "ask", model_folder, tmp_path / "no/photo.png", "what?")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    assert "text.jpg" in refused(capsys, 3, "ask", model_folder, tmp_path / "text.jpg", "what?")
+    assert "text.jpg" in refused(capsys, 3, "anchors", tmp_path / "text.jpg")
+
+
+def test_models_that_cannot_be_loaded(capsys, tmp_path, photo, model_folder):
+    assert "no model in /no/model" in refused(capsys, 4, "ask", "/no/model", photo, "what?")
+    path = model_folder / "model.safetensors"
+    whole = load_file(path)
+    name = "model.connector.projector.0.weight"
+    save_file({**whole, name: whole[name][:, :-1].contiguous()}, path, metadata={"format": "pt"})
+    assert f"of another shape (first: ('{name}'" in refused(capsys, 4, "ask", model_folder, photo, "what?")
+    save_file({k: v for k, v in whole.items() if k != name}, path, metadata={"format": "pt"})
+    assert f"1 weights missing (first: {name})" in refused(capsys, 4, "ask", model_folder, photo, "what?")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "cannot load" in refused(capsys, 4, "ask", model_folder, photo, "what?")
+
+
+def test_data_that_cannot_be_read(capsys, tmp_path, model_folder):
+    assert "gone.json" in refused(capsys, 3, "eval", model_folder, "--data", tmp_path / "gone.json")
+    (tmp_path / "broken.json").write_text('[{"id": 1,')
+    assert "broken.json" in refused(capsys, 3, "eval", model_folder, "--data", tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "message"),
+    [("what?", ["photo.png"], "0 <image> tags but 1 image"), ("<image>\nwhat?", [], "1 <image> tag but 0 images")],
+)
+def test_a_question_without_its_image_tag_and_the_reverse(
+    capsys, tmp_path, photo, model_folder, monkeypatch, question, images, message
+):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "image": images, "conversations": turns}]))
+    said = refused(capsys, 3, "eval", model_folder, "--data", tmp_path / "data.json")
+    assert message in said
+    assert "data.json" in said
+
+
+def test_ask_prints_the_answer(capsys, photo, model_folder):
+    code, out, _ = run(capsys, "ask", model_folder, photo, "what?", "--max-new-tokens", "4", "--device", "cpu")
+    assert code == 0
+    assert out.strip()
+    code, fewer, _ = run(capsys, "ask", model_folder, photo, "what?", "--max-new-tokens", "4", "--tokens", "2")
+    assert code == 0
+    assert fewer != out
+
+
+def test_more_tokens_than_patches(capsys, photo, model_folder):
+    said = refused(capsys, 2, "ask", model_folder, photo, "what?", "--tokens", "99")
+    assert "98" in said
+    assert "16" in said
+
+
+def test_eval_prints_and_writes_scores(capsys, tmp_path, photo, model_folder, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "image": photo.name, "conversations": turns}]))
+    code, out, _ = run(capsys, "eval", model_folder, "--data", tmp_path / "data.json", "--quiet")
+    assert code == 0
+    assert json.loads(out)["num_questions"] == 1
+    assert (model_folder / "eval/predictions.jsonl").is_file()
+
+
+def test_anchors_draws_and_prints(capsys, tmp_path, photo):
+    from transformers import CLIPVisionModel
+
+    CLIPVisionModel(tiny.config().vision_config).save_pretrained(tmp_path / "vision")
+    tiny.processor().image_processor.save_pretrained(tmp_path / "vision")
+    common = ("anchors", photo, "--vision", tmp_path / "vision", "--image-size", "32", "--num-anchors", "5")
+    code, out, _ = run(capsys, *common, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["grid"] == [8, 8]
+    assert found["positions"] == [[index // 8, index % 8] for index in found["indices"]]
+    assert len(set(found["indices"])) == 5
+    assert (tmp_path / "photo.anchors.png").stat().st_size > 0
+    code, table, _ = run(capsys, *common)
+    assert [int(line.split()[0]) for line in table.splitlines()[2:]] == found["indices"]
+    assert "num_anchors" in refused(capsys, 2, *common[:-1], "65")
+
+
+def test_connectors_lists_all(capsys):
+    from acformer.connectors import CONNECTORS
+
+    code, out, _ = run(capsys, "connectors")
+    assert code == 0
+    assert all(name in out for name in CONNECTORS)
+
+
+def test_debug_shows_the_traceback(capsys):
+    from acformer.errors import UsageError
+
+    with pytest.raises(UsageError):
+        main(["train", "tinny", "--debug"])

@@ -1,0 +1,76 @@
+"""The habits of docs/architecture.md that a machine can hold: sizes, lazy imports, docs that run."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import acformer
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src/acformer").rglob("*.py"))
+HEAVY = ("torch", "transformers", "numpy", "matplotlib")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT / "src")))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "every file says what it is"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is too long"
+
+
+def test_no_drawer_for_odds_and_ends():
+    assert not {path.stem for path in SOURCES} & {"utils", "common", "helpers", "misc"}
+    assert max(len(path.relative_to(ROOT / "src/acformer").parts) for path in SOURCES) <= 2
+
+
+def test_every_public_name_is_there():
+    assert len(acformer.__all__) == 12
+    for name in acformer.__all__:
+        assert getattr(acformer, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = acformer.nothing
+
+
+def imported(*arguments: str) -> set[str]:
+    """Which heavy libraries a command of ours has imported when it is done, in a process of its own."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['acformer', *{arguments!r}]\n"
+        "try:\n    runpy.run_module('acformer.cli', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        f"print('\\nloaded:', *[m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(result.stdout.rsplit("loaded:", 1)[1].split())
+
+
+@pytest.mark.parametrize("command", ["", "quickstart", "fetch", "train", "eval", "ask", "anchors", "connectors"])
+def test_help_imports_nothing_heavy(command):
+    assert imported(*command.split(), "--help") == set()
+
+
+def test_a_typo_is_told_before_torch_is_imported():
+    assert imported("train", "tinny") == set()
+    assert imported("anchors", "/no/such/picture.png") <= {"numpy"}
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    """Every ```python block of the README, in one go, with the embedded weights stood in for by a tiny model."""
+    import tiny
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    tiny.model().save_pretrained(tmp_path / "runs/quickstart")
+    tiny.processor().save_pretrained(tmp_path / "runs/quickstart")
+    tiny.picture().save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
