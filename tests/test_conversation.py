@@ -13,12 +13,11 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from acformer.data.conversation import (
     IGNORE,
-    TEMPLATES,
     check_images,
     encode_conversation,
     encode_prompt,
-    resolve_template,
 )
+from acformer.data.templates import TEMPLATES, resolve_template
 from acformer.errors import DataError, UsageError
 from acformer.hf.processing_acformer import AcFormerProcessor
 

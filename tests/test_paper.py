@@ -4,7 +4,7 @@ import pytest
 
 from acformer import paper
 from acformer.connectors import connector_options
-from acformer.data.conversation import TEMPLATES
+from acformer.data.templates import TEMPLATES
 from acformer.recipe import MODULES
 
 SCORES = {

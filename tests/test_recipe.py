@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from acformer.connectors import connector_options
-from acformer.data.conversation import TEMPLATES
+from acformer.data.templates import TEMPLATES
 from acformer.errors import UsageError
 from acformer.recipe import Recipe, list_recipes, load_recipe
 from acformer.train import training_arguments
@@ -56,6 +56,7 @@ def test_overrides_are_yaml_and_reach_every_level():
     assert recipe.seed == 3
     assert recipe.model.connector_kwargs == {"num_anchors": 16, "depth": 2}
     assert recipe.finetune.training["max_steps"] == 7
+    assert "max_steps" not in recipe.pretrain.training  # written once in the file, for both stages
     assert [stage for stage, _ in recipe.stages()] == ["pretrain"]
 
 
@@ -72,7 +73,7 @@ def test_a_recipe_file_and_its_own_record_say_the_same(tmp_path):
         (["model.conector=mlp"], "unknown recipe key 'model.conector'; did you mean 'model.connector'"),
         (["sed=1"], "did you mean 'seed'"),
         (["stage=finetun"], "did you mean 'finetune'"),
-        (["stage=pretrain"], "nothing to run for stage=pretrain"),
+        (["pretrain=null", "stage=pretrain"], "nothing to run for stage=pretrain"),
         (["seed"], "'seed' is not of the form key=value"),
         (["seed=[1"], "not valid YAML"),
         (["seed=one"], "recipe key seed must be int, got 'one'"),

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, BatchFeature, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from acformer.build import train_tokenizer
-from acformer.data.conversation import TEMPLATES
+from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 
 IMAGE_SIZE = 16

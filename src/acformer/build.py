@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from acformer.data.conversation import resolve_template
+from acformer.data.templates import resolve_template
 from acformer.embedded import resolve
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor

@@ -31,7 +31,7 @@ from urllib.request import (
 
 from tqdm import tqdm
 
-from .errors import DataError, UsageError
+from acformer.errors import DataError, UsageError
 
 try:
     import fcntl

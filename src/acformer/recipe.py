@@ -136,14 +136,21 @@ def _read(name: str) -> dict:
         return {"name": path.stem, **values}
     if name not in list_recipes():
         raise unknown_name("recipe", name, list_recipes())
-    return {"name": name, **yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))}
+    return {"name": name, **_parse((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name)}
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _unshared(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise UsageError(f"not valid YAML: {where}: {' '.join(str(error).split())}") from error
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places are one object, as YAML's aliases are: an override must change one of them."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _assign(values: dict, keys: list[str], value: Any) -> None:

@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from acformer.build import build_model
 from acformer.checkpoints import damage, load_model, newest_whole, save_model, write_manifest
 from acformer.data.collate import Collator, ConversationDataset
-from acformer.data.conversation import resolve_template, split_at_images
+from acformer.data.conversation import split_at_images
 from acformer.data.sources import Sample, SkipLog, load_samples
+from acformer.data.templates import resolve_template
 from acformer.embedded import cache_dir
 from acformer.errors import DivergedError, UsageError, unknown_name
 from acformer.features import FeatureCache

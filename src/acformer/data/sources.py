@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..embedded import embedded_path
-from ..errors import DataError, unknown_name
-from .conversation import IMAGE_TAG, Message, check_images, split_at_images
+from acformer.data.conversation import IMAGE_TAG, Message, check_images, split_at_images
+from acformer.embedded import embedded_path
+from acformer.errors import DataError, unknown_name
 
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 EASY_VQA = ("train", "test", "captions", "train_dialogues")

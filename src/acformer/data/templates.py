@@ -1,0 +1,95 @@
+"""Chat templates by name: the jinja text that is saved with a model and serves train, eval and serve alike."""
+
+from typing import Any
+
+from acformer.errors import UsageError, unknown_name
+
+# Every template first turns content lists into strings: one saved template serves this module, which passes
+# strings, and transformers' own `apply_chat_template` and pipeline, which pass lists.
+_FLATTEN = r"""
+{%- set flat = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+    {%- if message['content'] is string or message['content'] is undefined -%}
+        {%- set flat.messages = flat.messages + [message] -%}
+    {%- else -%}
+        {%- set flat.text = '' -%}
+        {%- for part in message['content'] -%}
+            {%- set flat.text = flat.text + ('<image>\n' if part['type'] == 'image' else part['text']) -%}
+        {%- endfor -%}
+        {%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+_VICUNA_V1 = """
+{{- bos_token or '' -}}
+{%- if messages[0]['role'] != 'system' -%}
+    {{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
+    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- ('USER: ' if message['role'] == 'user' else '') + message['content'] + ' ' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+_PLAIN = """
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- elif message['role'] == 'user' -%}
+        {{- '<image>' * message['content'].count('<image>') -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+_BARE = """
+{{- bos_token or '' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- 'A:' -}}{%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + ' ' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'A:' -}}{%- endif -%}
+"""
+
+TEMPLATES: dict[str, str] = {
+    "vicuna_v1": _FLATTEN + _VICUNA_V1,
+    "plain": _FLATTEN + _PLAIN,
+    "bare": _FLATTEN + _BARE,
+}
+"""Jinja chat templates by name; an image part is rendered as `<image>` and a newline, at its place.
+
+- `vicuna_v1`: LLaVA-1.5's `SYSTEM USER: ... ASSISTANT: ...</s>USER: ...`; the space before an answer is the
+  model's to say. A system message replaces the default system prompt.
+- `plain`: stage 1, image tokens and the caption, no other word of the user. Differs from LLaVA's: the caption
+  ends with the end token instead of a newline, so that the model learns to stop.
+- `bare`: nothing but `A:` before an answer, whose space is again the model's to say; for small language models
+  that start from nothing.
+"""
+
+
+def resolve_template(name: str, tokenizer: Any) -> str:
+    """The jinja text of template `name`, to be saved as the processor's `chat_template`.
+
+    `name` is a key of `TEMPLATES`, or `tokenizer` for the tokenizer's own template, which then takes content
+    lists with images too. Errors: `UsageError` for an unknown name or a tokenizer without a template.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name != "tokenizer":
+        raise unknown_name("chat template", name, [*TEMPLATES, "tokenizer"])
+    try:
+        own = tokenizer.get_chat_template()
+    except ValueError:
+        raise UsageError(f"the tokenizer has no chat template; valid: {', '.join(TEMPLATES)}") from None
+    return own if own.startswith(_FLATTEN) else _FLATTEN + own
