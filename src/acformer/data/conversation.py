@@ -21,7 +21,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from acformer.data.templates import TEMPLATES
+from acformer.data.templates import FLATTEN, TEMPLATES
 from acformer.errors import DataError, UsageError
 
 IGNORE = -100  # the label that the loss skips
@@ -176,7 +176,7 @@ def _render(processor: Any, chat: list[dict], for_answer: bool) -> str:
 def _template_name(processor: Any) -> str:
     """For error messages: the template's name, or the first words of one that has none."""
     names = [name for name, text in TEMPLATES.items() if text == processor.chat_template]
-    own = processor.chat_template.removeprefix(_FLATTEN).strip()[:60]
+    own = processor.chat_template.removeprefix(FLATTEN).strip()[:60]
     return f"the chat template {names[0] if names else own!r}"
 
 

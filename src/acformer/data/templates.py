@@ -6,7 +6,7 @@ from acformer.errors import UsageError, unknown_name
 
 # Every template first turns content lists into strings: one saved template serves this module, which passes
 # strings, and transformers' own `apply_chat_template` and pipeline, which pass lists.
-_FLATTEN = r"""
+FLATTEN = r"""
 {%- set flat = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
     {%- if message['content'] is string or message['content'] is undefined -%}
@@ -63,9 +63,9 @@ _BARE = """
 """
 
 TEMPLATES: dict[str, str] = {
-    "vicuna_v1": _FLATTEN + _VICUNA_V1,
-    "plain": _FLATTEN + _PLAIN,
-    "bare": _FLATTEN + _BARE,
+    "vicuna_v1": FLATTEN + _VICUNA_V1,
+    "plain": FLATTEN + _PLAIN,
+    "bare": FLATTEN + _BARE,
 }
 """Jinja chat templates by name; an image part is rendered as `<image>` and a newline, at its place.
 
@@ -92,4 +92,4 @@ def resolve_template(name: str, tokenizer: Any) -> str:
         own = tokenizer.get_chat_template()
     except ValueError:
         raise UsageError(f"the tokenizer has no chat template; valid: {', '.join(TEMPLATES)}") from None
-    return own if own.startswith(_FLATTEN) else _FLATTEN + own
+    return own if own.startswith(FLATTEN) else FLATTEN + own
