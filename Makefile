@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test test-embedded test-conformance test-compat check fix docs bench clean
+.PHONY: quickstart test test-embedded test-slow test-conformance test-compat check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -18,6 +18,9 @@ test: $(VENV)/.dev
 test-embedded: $(VENV)/.dev
 	$(BIN)/acformer fetch
 	$(BIN)/pytest -m embedded
+
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
 
 test-conformance: $(VENV)/.dev
 	$(BIN)/pytest -m conformance
@@ -44,7 +47,7 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs serve
 
 bench: $(VENV)/.run
-	$(BIN)/python -m acformer.bench
+	$(BIN)/acformer bench encoder
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -43,6 +43,11 @@ def refused(capsys, code, *arguments):
     return said[0]
 
 
+def test_overrides_may_follow_flags(capsys):
+    assert "did you mean 'seed'" in refused(capsys, 2, "train", "tiny", "--quiet", "sed=1")
+    assert "unrecognized arguments: --quite" in refused(capsys, 2, "train", "tiny", "seed=1", "--quite")
+
+
 def test_usage_errors(capsys):
     assert "invalid choice: 'trian'" in refused(capsys, 2, "trian")
     assert "must be a positive whole number, got '0'" in refused(capsys, 2, "eval", "model", "--limit", "0")

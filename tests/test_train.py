@@ -289,3 +289,24 @@ def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients()
     assert output.logits.shape[1] == int((labels[:, 1:] != -100).sum())
     torch.testing.assert_close(part, whole)
     torch.testing.assert_close(part_grad, whole_grad, rtol=1e-4, atol=1e-6)  # another order of summing
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(recipe, tmp_path, data):
+    """torchrun with gloo: both processes come to the same weights, one writes."""
+    import os
+    import subprocess
+    import sys
+
+    recipe_file = tmp_path / "two.yaml"
+    program = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = (*program, "-m", "acformer.cli", "train", str(recipe_file), "--quiet", "cache_features=true")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACFORMER_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert result.returncode == 0, [
+        line for line in result.stderr.splitlines() if "acformer: " in line
+    ] or result.stderr
+    folder = tmp_path / "run/finetune/model"
+    assert damage(folder) is None
+    assert not (folder / "training_args.bin").exists()
+    assert "connector" in changed(weights(tmp_path / "run/pretrain/model"), weights(folder))

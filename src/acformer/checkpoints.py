@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from acformer.download import file_sha256
 from acformer.errors import CheckpointError
@@ -62,16 +63,20 @@ def newest_whole(folder: Path, tell: Callable[[str], Any]) -> Path | None:
     return None
 
 
-def save_model(model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, folder: Path) -> Path:
-    """Write model and processor to `folder`, replacing what is there only once all of it is on disk."""
+def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -> None:
+    """Write the trained model and its processor to `folder`, replacing what is there once all of it is on disk.
+
+    Called by every process of a distributed run, since a sharded model is gathered from all of them; one writes.
+    """
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    processor.save_pretrained(part)
-    write_manifest(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    return folder
+    trainer.save_model(str(part))
+    if trainer.is_world_process_zero():
+        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle: the recipe is kept as YAML
+        processor.save_pretrained(part)
+        write_manifest(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    trainer.accelerator.wait_for_everyone()
 
 
 def model_folder(name: str) -> str:

@@ -22,7 +22,7 @@ PREEMPTED, INTERRUPTED = 75, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 ok, 2 usage, 3 data, 4 model, 5 diverged, 75 preempted, 130 Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     _set_up_logs(arguments.quiet)
     signal.signal(signal.SIGTERM, _preempted)
     try:
@@ -36,6 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("acformer: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return PREEMPTED if stop.args else INTERRUPTED
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments in any order: argparse would not take KEY=VALUE after a flag."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and "overrides" in arguments and not any(word.startswith("-") for word in rest):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,7 +7,10 @@ features come from disk, a stop before the first step that is not finite, checkp
 import copy
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from acformer.build import build_model
-from acformer.checkpoints import damage, load_model, newest_whole, save_model, write_manifest
+from acformer.checkpoints import damage, load_model, newest_whole, save_trained, write_manifest
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
 from acformer.data.sources import Sample, SkipLog, load_samples
@@ -52,17 +55,23 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             continue
         samples, skip_log = stage_samples(spec, recipe.output / stage)
         parts = parts or _first_model(recipe, stage)
-        _run_stage(recipe, stage, parts, samples, skip_log, progress)
-        save_model(*parts, folder)
+        trainer = _run_stage(recipe, stage, parts, samples, skip_log, progress)
+        save_trained(trainer, parts[1], folder)
         logger.info("stage %s: model saved in %s", stage, folder)
     return folder
 
 
 def stage_samples(spec: StageSpec, folder: Path) -> tuple[list[Sample], SkipLog]:
     """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`."""
-    skip_log = SkipLog(folder / "skipped.jsonl", max_bad_fraction=spec.max_bad_fraction)
+    path = folder / "skipped.jsonl" if is_first_process() else None
+    skip_log = SkipLog(path, max_bad_fraction=spec.max_bad_fraction)
     samples = load_samples(spec.data, image_root=spec.image_root, skipped=skip_log)
     return samples[: spec.max_samples], skip_log
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what is written once in a distributed run (torchrun and accelerate set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
@@ -176,9 +185,13 @@ def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool)
 def _claim_output(recipe: Recipe) -> None:
     """The output folder belongs to one recipe; another one in it would mix two runs."""
     record = recipe.output / "recipe.yaml"
-    mine = copy.copy(recipe)
-    mine.stage, mine.resume = "all", True
-    if recipe.resume and record.exists() and record.read_text(encoding="utf-8") != mine.to_yaml():
+    mine = replace(recipe, stage="all", resume=True)
+    if not is_first_process():
+        return
+    if not recipe.resume:
+        for stage, _ in recipe.stages():
+            shutil.rmtree(recipe.output / stage, ignore_errors=True)  # its checkpoints are another run's
+    elif record.exists() and record.read_text(encoding="utf-8") != mine.to_yaml():
         raise UsageError(
             f"{recipe.output} holds a run of another recipe ({record}); choose output_dir=..., or resume=false to "
             "write over it"
@@ -216,18 +229,20 @@ def _run_stage(
     samples: list[Sample],
     skip_log: SkipLog,
     progress: bool,
-) -> None:
+) -> AcFormerTrainer:
     model, processor = parts
     spec: StageSpec = getattr(recipe, stage)
     folder = recipe.output / stage
     logger.info("stage %s: %d samples\n%s", stage, len(samples), freeze(model, spec.learning_rates))
+    args = training_arguments(spec, folder, recipe.seed, progress)
+    model.to(args.device)
     speaker = copy.copy(processor)
     if spec.template is not None:
         speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
     guard = Guard()
     trainer = AcFormerTrainer(
         model=model,
-        args=training_arguments(spec, folder, recipe.seed, progress),
+        args=args,
         train_dataset=ConversationDataset(samples, speaker, max_length=spec.max_length, group=spec.group),
         data_collator=Collator(
             speaker,
@@ -240,13 +255,10 @@ def _run_stage(
     guard.trainer = trainer
     checkpoint = newest_whole(folder, logger.warning) if recipe.resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
-    logger.info(
-        "stage %s: %d records read, %d skipped",
-        stage,
-        skip_log.offered,
-        skip_log.skipped,
-    )
+    if trainer.is_world_process_zero():
+        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+    logger.info("stage %s: %d records read, %d skipped", stage, skip_log.offered, skip_log.skipped)
+    return trainer
 
 
 def cached_features(

@@ -104,7 +104,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
             geometry = self.config.geometry
             row = features.get("cls_attention")
             features = VisionFeatures(features["tokens"], row, geometry.grid, geometry.num_prefix_tokens)
-        return features._replace(tokens=features.tokens.to(self.device, self.dtype))
+        row = None if features.cls_attention is None else features.cls_attention.to(self.device)
+        return features._replace(tokens=features.tokens.to(self.device, self.dtype), cls_attention=row)
 
     @can_return_tuple
     def forward(
