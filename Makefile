@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # A machine without a GPU saves gigabytes with TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-TORCH_FLAGS := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: quickstart test test-embedded test-slow test-conformance test-compat check fix docs bench clean
 
@@ -20,7 +20,7 @@ test-embedded: $(VENV)/.dev
 	$(BIN)/pytest -m embedded
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --ignore tests/conformance
 
 test-conformance: $(VENV)/.dev
 	$(BIN)/pytest -m conformance

@@ -1,12 +1,16 @@
 """The command line as a user meets it: one-line errors, exit codes, what the commands print."""
 
 import json
+import os
+import signal
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 
 from acformer.cli import main
+from acformer.errors import DataError
 
 
 @pytest.fixture
@@ -51,6 +55,7 @@ def test_overrides_may_follow_flags(capsys):
 def test_usage_errors(capsys):
     assert "invalid choice: 'trian'" in refused(capsys, 2, "trian")
     assert "must be a positive whole number, got '0'" in refused(capsys, 2, "eval", "model", "--limit", "0")
+    assert "must be a positive whole number, got '0'" in refused(capsys, 2, "quickstart", "--limit", "0")
     assert "did you mean 'tiny'" in refused(capsys, 2, "train", "tinny")
     assert "did you mean 'model.connector'" in refused(capsys, 2, "train", "tiny", "model.conector=mlp")
     assert "did you mean 'dinov2-s14'" in refused(capsys, 2, "fetch", "dinov2-s")
@@ -61,6 +66,7 @@ def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
     for key, value, message in (
         ("connector", "acforner", "unknown connector 'acforner'; did you mean 'acformer'"),
         ("connector_kwargs", {"num_anchor": 4}, "did you mean 'num_anchors'"),
+        ("connector_kwargs", {"num_anchors": "x"}, "option num_anchors of connector 'acformer' must be a positive int"),
         ("connector_kwargs", {"num_anchors": 99}, "num_anchors=99 is outside 1..16: the image has 4 x 4 patches"),
     ):
         (model_folder / "config.json").write_text(json.dumps({**config, key: value}))
@@ -136,12 +142,77 @@ def test_eval_prints_and_writes_scores(capsys, tmp_path, photo, model_folder, mo
     assert (model_folder / "eval/predictions.jsonl").is_file()
 
 
-def test_anchors_draws_and_prints(capsys, tmp_path, photo):
+@pytest.fixture
+def anchors_command(tmp_path, photo):
     from transformers import CLIPVisionModel
 
     CLIPVisionModel(tiny.config().vision_config).save_pretrained(tmp_path / "vision")
     tiny.processor().image_processor.save_pretrained(tmp_path / "vision")
-    common = ("anchors", photo, "--vision", tmp_path / "vision", "--image-size", "32", "--num-anchors", "5")
+    return ("anchors", photo, "--vision", tmp_path / "vision", "--image-size", "32", "--num-anchors", "5")
+
+
+def test_anchors_refusals(capsys, tmp_path, anchors_command):
+    said = refused(capsys, 2, *anchors_command, "--image-size", "3")
+    assert f"--image-size 3 is smaller than one patch of {tmp_path / 'vision'}" in said
+    assert "there is no folder" in refused(capsys, 2, *anchors_command, "--out", tmp_path / "no/dir/x.png")
+    assert "must end in .png, .jpg or .webp" in refused(capsys, 2, *anchors_command, "--out", tmp_path / "x.xyz")
+    (tmp_path / "folder.png").mkdir()
+    said = refused(capsys, 2, *anchors_command, "--out", tmp_path / "folder.png")
+    assert said == f"acformer: error: {tmp_path / 'folder.png'}: Is a directory"
+    assert "no device 'foo' here" in refused(capsys, 2, *anchors_command, "--device", "foo")
+
+
+def test_devices_that_are_not_here(capsys, photo, model_folder):
+    assert "no device 'foo' here" in refused(capsys, 2, "ask", model_folder, photo, "what?", "--device", "foo")
+    assert "no device 'cuda:99' here" in refused(capsys, 2, "ask", model_folder, photo, "what?", "--device", "cuda:99")
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path, photo, model_folder, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "1", "image": photo.name, "conversations": turns}]))
+    (tmp_path / "file").touch()
+    common = ("eval", model_folder, "--data", tmp_path / "data.json", "--quiet")
+    said = refused(capsys, 2, *common, "--out", tmp_path / "file/eval")
+    assert str(tmp_path / "file") in said
+
+
+@pytest.mark.parametrize(
+    ("command", "stop", "expected"),
+    [
+        (("connectors",), signal.SIGINT, 130),
+        (("connectors",), signal.SIGTERM, 143),
+        (("train", "tiny"), signal.SIGINT, 130),
+        (("train", "tiny"), signal.SIGTERM, 75),
+        (("quickstart",), signal.SIGTERM, 75),
+    ],
+)
+def test_only_what_can_go_on_says_so(capsys, monkeypatch, command, stop, expected):
+    monkeypatch.setattr(f"acformer.cli._run_{command[0]}", lambda arguments: os.kill(os.getpid(), stop))
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = run(capsys, *command)
+    signal.signal(signal.SIGTERM, before)
+    assert code == expected
+    assert err.startswith("acformer: interrupted")
+    assert ("the same command goes on from the last checkpoint of the run" in err) is (command[0] != "connectors")
+
+
+def test_of_a_workers_error_only_the_message_is_shown(capsys, monkeypatch):
+    worker = torch.utils.data.DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")
+    monkeypatch.setattr("acformer.cli._run_connectors", lambda arguments: next(iter(worker)))
+    assert refused(capsys, 3, "connectors") == "acformer: error: a.json: record 3 (image)"
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError("a.json:\nrecord 3 (image)")
+
+
+def test_anchors_draws_and_prints(capsys, tmp_path, anchors_command):
+    common = anchors_command
     code, out, _ = run(capsys, *common, "--json")
     assert code == 0
     found = json.loads(out)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acformer.cls_attention import ENCODERS, RECORDING, ClsAttentionTap, cls_row, num_prefix_tokens
 from acformer.errors import UsageError
@@ -178,3 +179,40 @@ def test_exports(family, make_tower, pixels):
 
 def test_every_family_is_tested():
     assert set(ENCODERS) == {*CLS_FAMILIES, "siglip_vision_model"}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_autocast_does_not_round_the_row(family, make_tower, pixels):
+    """Training under bf16 must find the anchors that inference finds: a row rounded to bf16 is full of ties."""
+    encoder = load_vision_encoder(make_tower(family))
+    with torch.autocast("cpu", torch.bfloat16):
+        row = encode(encoder, pixels).cls_attention
+    assert row.dtype == torch.float32
+    assert (row.bfloat16().float() != row).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("family", CLS_FAMILIES)
+def test_a_kernel_may_ask_the_module_which_kernel_it_is(family, make_tower, pixels):
+    """As transformers' FlashAttention does; the tapped block must answer with the tower's, not with its own."""
+    asked = []
+
+    def kernel(module, query, key, value, attention_mask, **kwargs):
+        asked.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("asking_kernel", kernel)
+    tower = make_tower(family, attn_implementation="sdpa")
+    tower.set_attn_implementation("asking_kernel")
+    encoder = load_vision_encoder(tower)
+    assert encode(encoder, pixels).cls_attention is not None
+    assert set(asked) == {"asking_kernel"}
+    encode(encoder, pixels)
+    assert set(asked) == {"asking_kernel"}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_one_tower_belongs_to_one_encoder(family, make_tower):
+    tower = make_tower(family)
+    load_vision_encoder(tower)
+    with pytest.raises(UsageError, match="already belongs to an encoder"):
+        load_vision_encoder(tower)

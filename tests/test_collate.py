@@ -113,6 +113,17 @@ def test_one_bad_sample_in_a_batch_of_one_does_not_end_the_run(processor, pictur
     assert log.skipped == 1
 
 
+def test_a_bad_first_batch_is_replaced_from_the_data_set(processor, pictures, tmp_path):
+    log = SkipLog()
+    log.offered = 1000
+    bad = bad_samples(pictures, tmp_path)
+    dataset = ConversationDataset([bad["t"], bad["n"], make_sample("a", pictures[0]), make_sample("b")], processor)
+    collator = Collator(processor, skip_log=log, dataset=dataset)
+    batches = [collator([dataset[index]]) for index in range(len(dataset))]
+    assert [batch["sample_ids"] for batch in batches] == [["a"], ["a"], ["a"], ["b"]]
+    assert log.skipped == 2
+
+
 def bad_samples(pictures, tmp_path):
     (tmp_path / "torn.png").write_bytes(pictures[0].read_bytes()[:40])
     return {
@@ -193,3 +204,27 @@ def test_under_a_data_loader(processor, pictures):
     dataset = ConversationDataset([make_sample(key, pictures[0]) for key in "abcde"], processor)
     loader = DataLoader(dataset, batch_size=2, collate_fn=Collator(processor))
     assert [batch["sample_ids"] for batch in loader] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_a_sample_skipped_in_a_worker_counts_in_the_parent_once(processor, pictures, tmp_path):
+    log = SkipLog(tmp_path / "skipped.jsonl", max_bad_fraction=0.5)
+    log.offered = 4
+    samples = [make_sample("a", pictures[0]), bad_samples(pictures, tmp_path)["t"], make_sample("b"), make_sample("c")]
+    dataset = ConversationDataset(samples, processor)
+    for _ in range(2):
+        loader = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=Collator(processor, skip_log=log))
+        assert [batch["sample_ids"] for batch in loader] == [["a"], ["b", "c"]]
+    assert (log.used, log.skipped) == (3, 1)
+    assert (tmp_path / "skipped.jsonl").read_text().count("\n") == 1
+
+
+def test_an_error_in_a_worker_keeps_its_plain_message(processor, pictures, tmp_path):
+    dataset = ConversationDataset([bad_samples(pictures, tmp_path)["t"]], processor)
+    messages = []
+    for num_workers in (0, 1):
+        with pytest.raises(DataError) as caught:
+            list(DataLoader(dataset, num_workers=num_workers, collate_fn=Collator(processor)))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("sample t: ")
+    assert messages[0].endswith("torn.png")

@@ -113,6 +113,32 @@ def test_unknown_option(name):
 
 
 @names
+@pytest.mark.parametrize("value", ["x", "4", None, [4], 0, -3, float("nan"), float("inf")])
+def test_values_that_do_not_fit(name, value):
+    for option, default in connector_options(name).items():
+        wanted = "bool" if default is True or default is False else "positive (int|float)"
+        with pytest.raises(UsageError, match=f"option {option} of connector '{name}' must be a {wanted}, got "):
+            small(name, **{option: value})
+
+
+def test_numbers_and_bools_are_told_apart():
+    with pytest.raises(UsageError, match=r"num_anchors of connector 'acformer' must be a positive int, got 4\.5"):
+        small("acformer", num_anchors=4.5)
+    with pytest.raises(UsageError, match=r"num_anchors .* got True"):
+        small("acformer", num_anchors=True)
+    with pytest.raises(UsageError, match=r"include_prefix .* must be a bool, got 1"):
+        small("mlp", include_prefix=1)
+    for ff_mult in (3, 1.5):
+        assert small("acformer", ff_mult=ff_mult).num_tokens == 10
+
+
+@names
+def test_an_image_without_patches(name):
+    with pytest.raises(UsageError, match=r"smaller than one patch of the encoder: 0 x 6 patches"):
+        small(name, Geometry(32, 24, (0, 6), 1))
+
+
+@names
 def test_compiles_into_one_graph(name, make_features):
     connector, features = small(name), make_features(CLIP)
     torch.compiler.reset()
@@ -165,6 +191,28 @@ def test_a_new_connector_is_one_line(monkeypatch, make_features):
     assert "first" in list_connectors()
     assert connector_options("first") == {"count": 2}
     assert build_connector("first", CLIP, count=5)(make_features(CLIP)).shape == (2, 5, 24)
+
+
+def test_a_connector_may_take_other_values(monkeypatch):
+    """A number may be as low as its default, an option of a type of its own is the connector's to check."""
+
+    class Odd(Connector):
+        num_tokens = 1
+
+        def __init__(self, geometry: Geometry, *, offset: int = -2, width: int | None = None, sizes: tuple = ()):
+            super().__init__(geometry)
+            self.options = offset, width, sizes
+
+        def aggregate(self, features, num_tokens: int) -> Tensor:
+            return features.tokens
+
+    monkeypatch.setitem(CONNECTORS, "odd", Odd)
+    assert build_connector("odd", CLIP, offset=-2, width=None, sizes=[1]).options == (-2, None, [1])
+    assert build_connector("odd", CLIP, offset=0, width=3).options == (0, 3, ())
+    with pytest.raises(UsageError, match=r"option offset of connector 'odd' .* got -3"):
+        build_connector("odd", CLIP, offset=-3)
+    with pytest.raises(UsageError, match="option width of connector 'odd' must be a positive int or nothing, got 'x'"):
+        build_connector("odd", CLIP, width="x")
 
 
 def test_a_connector_must_say_what_it_does():
@@ -229,10 +277,9 @@ class TestAcFormer:
         features = make_features(CLIP)
         assert torch.equal(connector(features, 21), other(features))
 
-    @pytest.mark.parametrize("num_anchors", [0, -3, 37])
-    def test_impossible_number_of_anchors(self, num_anchors):
-        with pytest.raises(UsageError, match=rf"num_anchors={num_anchors} .*1\.\.36.*6 x 6 patches"):
-            small("acformer", num_anchors=num_anchors)
+    def test_more_anchors_than_patches(self):
+        with pytest.raises(UsageError, match=r"num_anchors=37 .*1\.\.36.*6 x 6 patches"):
+            small("acformer", num_anchors=37)
 
     @pytest.mark.parametrize("num_tokens", [1, 38])
     def test_impossible_number_of_tokens(self, num_tokens, make_features):

@@ -1,10 +1,12 @@
 """The feature cache: what is read back, what an interruption leaves, what it must not mix up."""
 
+import pickle
+
 import pytest
 import tiny
 import torch
 
-from acformer.errors import ImageError
+from acformer.errors import ImageError, UsageError
 from acformer.features import FeatureCache, encoder_key
 
 
@@ -74,14 +76,91 @@ def test_rows_of_an_interrupted_run_are_cut_off(model, pictures, tmp_path):
     assert len({again(path)["tokens"].sum().item() for path in pictures}) == 5
 
 
-def test_a_damaged_picture_is_told_when_it_is_asked_for(model, pictures, tmp_path):
-    pictures[1].write_bytes(b"no picture")
+def test_opening_changes_nothing_while_another_process_adds(model, pictures, tmp_path):
     cache = cache_of(model, tmp_path / "cache")
-    cache.add([*pictures, tmp_path / "gone.png"], progress=False)
-    for path in (pictures[1], tmp_path / "gone.png"):
-        with pytest.raises(ImageError, match=path.name):
+    cache.add(pictures[:2], progress=False)
+    row = (cache.folder / "tokens.bin").stat().st_size // 2
+    with open(cache.folder / "tokens.bin", "ab") as file:
+        file.write(bytes(row))  # the other process has written a row, and half of its index line
+    with open(cache.folder / "index.txt", "a") as file:
+        file.write("0123abc")
+    before = {path.name: path.read_bytes() for path in cache.folder.iterdir()}
+    assert len(cache_of(model, tmp_path / "cache").rows) == 2
+    assert {path.name: path.read_bytes() for path in cache.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "cls_attention.bin"])
+def test_rows_that_are_not_whole_are_encoded_again(model, pictures, tmp_path, name):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    before = [cache(path)["tokens"] for path in pictures]
+    with open(cache.folder / name, "r+b") as file:
+        file.truncate((cache.folder / name).stat().st_size * 3 // 5 - 1)
+    again = cache_of(model, tmp_path / "cache")
+    assert len(again.rows) == 2
+    again.add(pictures, progress=False)
+    for path, tokens in zip(pictures, before, strict=True):
+        torch.testing.assert_close(again(path)["tokens"], tokens, rtol=1e-2, atol=1e-2)
+        assert again(path)["cls_attention"].any()
+    assert len((cache.folder / "index.txt").read_text().split()) == 5
+
+
+def test_rows_added_elsewhere_are_seen_after_adding(model, pictures, tmp_path):
+    early = cache_of(model, tmp_path / "cache")
+    early.add(pictures[:1], progress=False)
+    assert early(pictures[0])
+    other = cache_of(model, tmp_path / "cache")
+    other.add(pictures, progress=False)
+    early.encode = None
+    early.add(pictures, progress=False)
+    assert all(torch.equal(early(path)["tokens"], other(path)["tokens"]) for path in pictures)
+
+
+def test_arrays_are_opened_once_and_not_pickled(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    cache(pictures[0])
+    maps = cache.maps
+    cache(pictures[1])
+    assert cache.maps is maps
+    cache.encode = None
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.maps == {}
+    assert torch.equal(copy(pictures[2])["tokens"], cache(pictures[2])["tokens"])
+
+
+def test_the_reason_of_a_damaged_picture_is_told_when_it_is_asked_for(model, pictures, tmp_path):
+    pictures[0].write_bytes(b"no picture")
+    pictures[1].write_bytes(pictures[1].read_bytes()[:60])
+    twin = tmp_path / "twin.png"
+    twin.write_bytes(pictures[1].read_bytes())
+    cache = cache_of(model, tmp_path / "cache")
+    gone = tmp_path / "gone.png"
+    cache.add([*pictures, twin, gone], progress=False)
+    reasons = {pictures[0]: "not a PNG", pictures[1]: "truncated", twin: "truncated", gone: "no such file"}
+    for path, reason in reasons.items():
+        with pytest.raises(ImageError, match=f"{reason}.*{path.name}"):
             cache(path)
-    assert len(cache.rows) == 4
+    with pytest.raises(ImageError, match="never added"):
+        cache(tmp_path / "other.png")
+    assert len(cache.rows) == 3
+    tiny.picture(1).save(pictures[1])
+    cache.add(pictures, progress=False)
+    assert cache(pictures[1])["tokens"].any()
+
+
+def test_features_beyond_float16_are_refused(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+
+    def large(pixels):
+        features = model.get_vision_features(pixels)
+        return features._replace(tokens=features.tokens * 1e6)
+
+    cache.encode = large
+    with pytest.raises(UsageError, match="exceed float16; run without cache_features"):
+        cache.add(pictures, progress=False)
+    assert not cache.rows
+    assert not (cache.folder / "tokens.bin").exists()
 
 
 def test_other_weights_or_pixels_are_another_cache(model):

@@ -6,7 +6,7 @@ import yaml
 from acformer.connectors import connector_options
 from acformer.data.templates import TEMPLATES
 from acformer.errors import UsageError
-from acformer.recipe import Recipe, list_recipes, load_recipe
+from acformer.recipe import Recipe, coerce, list_recipes, load_recipe
 from acformer.train import training_arguments
 
 
@@ -85,11 +85,43 @@ def test_a_recipe_file_and_its_own_record_say_the_same(tmp_path):
         (["finetune.learning_rates.connector=-1"], "must be a positive number"),
         (["finetune.learning_rates={}"], "learning_rates is empty"),
         (["finetune.learning_rates.vision_tower=0.1"], "cache_features needs a frozen encoder"),
+        (["finetune.learning_rates.connector=.nan"], "must be a positive number, got nan"),
+        (["finetune.max_length=-5"], "recipe key finetune.max_length must be at least 1, got -5"),
+        (["finetune.group=0"], "recipe key finetune.group must be at least 1"),
+        (["pretrain.max_samples=0"], "recipe key pretrain.max_samples must be at least 1"),
+        (["finetune.max_bad_fraction=2"], r"finetune.max_bad_fraction must be in 0\.\.1, got 2"),
+        (["finetune.max_bad_fraction=.nan"], "got nan"),
+        (["seed=-1"], "recipe key seed must be in 0"),
+        (["model.image_size=0"], "model.image_size must be at least 1"),
+        (["model.tokenizer_vocab=-1"], "model.tokenizer_vocab must be at least 1"),
+        (["model.connector_kwargs={1: 2}"], "model.connector_kwargs: its keys must be names"),
+        (["output_dir=/tmp/{x}"], "'/tmp/{x}': {name} is all that can be filled in"),
+        (["output_dir=runs/{name}{"], "{name} is all that can be filled in"),
+        (["finetune.training.learning_rate=0.1"], "give finetune.learning_rates.MODULE"),
+        (["finetune.training.output_dir=x"], "finetune.training.output_dir does nothing here: give output_dir"),
+        (["finetune.training.seed=1"], "finetune.training.seed does nothing here: give seed"),
+        (["finetune.training.resume_from_checkpoint=true"], "give resume"),
+        (["finetune.training.remove_unused_columns=true"], "always false"),
+        (["finetune.training.logging_nan_inf_filter=true"], "always false"),
     ],
 )
 def test_what_is_wrong_is_named(overrides, message):
     with pytest.raises(UsageError, match=message):
         load_recipe("tiny", overrides)
+
+
+def test_output_is_named_after_the_recipe():
+    assert str(load_recipe("tiny", ["output_dir='{name}/of/{name}'"]).output) == "tiny/of/tiny"
+
+
+def test_values_are_fitted_to_type_hints():
+    """As `TrainingArguments` has them, too."""
+    assert coerce(float, 3, "x") == 3.0
+    assert coerce(None | str | list[str], ["a"], "x") == ["a"]
+    assert coerce(dict[str, int] | str, {"a": 1}, "x") == {"a": 1}
+    assert coerce(dict[str, int], {"a": 1}, "x") == {"a": 1}
+    with pytest.raises(UsageError, match="recipe key x must be nothing or str or list, got 3"):
+        coerce(None | str | list[str], 3, "x")
 
 
 def test_files_that_are_no_recipes(tmp_path):

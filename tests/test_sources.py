@@ -1,6 +1,7 @@
 """Every planted defect is named, every good record is read, whichever layout and file format it is in."""
 
 import json
+import pickle
 
 import pytest
 from hypothesis import given
@@ -228,3 +229,39 @@ def test_easy_vqa_names(folder, monkeypatch):
     ]
     with pytest.raises(UsageError, match="did you mean 'train'"):
         load_samples("easy-vqa:trian")
+
+
+def test_a_limit_counts_only_what_was_looked_at(folder):
+    path = write_lines(folder, talk(), talk(image="c.png"), talk(), talk(image="d.png"), talk())
+    log = SkipLog(max_bad_fraction=0.5)
+    assert [sample.record for sample in load_samples(path, skipped=log, limit=2)] == [1, 3]
+    assert (log.offered, log.used, log.skipped) == (3, 2, 1)
+
+
+def test_copies_of_a_log_share_its_file(tmp_path):
+    path = tmp_path / "run" / "skipped.jsonl"
+    log = SkipLog(path, max_bad_fraction=0.2)
+    log.offered = 9
+    worker = pickle.loads(pickle.dumps(log))
+    other_rank = SkipLog(path, max_bad_fraction=0.2, fresh=False)
+    other_rank.offered = 9
+    worker.skip("file", 1, "torn")
+    for copy in (log, other_rank, worker):
+        copy.skip("file", 1, "torn")
+        assert (copy.used, copy.skipped) == (8, 1)
+    log.skip("file", 2, "torn")
+    assert (worker.skipped, path.read_text().count("\n")) == (2, 2)
+    with pytest.raises(DataError, match=r"2 of 9 records are bad.*first is file:1"):
+        other_rank.check()
+
+
+def test_a_log_forgets_what_a_fresh_one_removes(tmp_path):
+    path = tmp_path / "skipped.jsonl"
+    path.write_text('{"file": "older", "record": 1, "reason": "of another run"}\n')
+    other_rank = SkipLog(path, fresh=False)
+    assert other_rank.skipped == 1
+    first_rank = SkipLog(path)
+    (tmp_path / "takes the inode").touch()
+    for record in range(3):
+        first_rank.skip("file", record, "torn")
+    assert other_rank.skipped == 3

@@ -252,6 +252,27 @@ def test_bad_records_are_written_down_and_the_cap_works(recipe, data, tmp_path):
     assert "gone.png" in entry["reason"]
 
 
+def test_a_first_try_that_failed_claims_nothing(recipe, tmp_path):
+    with pytest.raises(UsageError, match="num_anchors=999 is outside"):
+        train(recipe("model.connector_kwargs.num_anchors=999"), progress=False)
+    assert not (tmp_path / "run/recipe.yaml").exists()
+
+
+def test_stage_one_anew_takes_stage_two_with_it(recipe, tmp_path):
+    train(recipe(), progress=False)
+    train(recipe("seed=7", "stage=pretrain", "resume=false"), progress=False)
+    assert not (tmp_path / "run/finetune/model").exists()
+    train(recipe("seed=7"), progress=False)
+    assert damage(tmp_path / "run/finetune/model") is None
+
+
+def test_rows_without_pictures_do_not_end_stage_one(recipe, data):
+    records = [{"id": "t", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 4
+    (data / "text.json").write_text(json.dumps(records))
+    one = [f"pretrain.data={data}/text.json", "pretrain.template=bare", "pretrain.training.max_steps=1"]
+    assert damage(train(recipe("stage=pretrain", *one), progress=False)) is None
+
+
 def test_finetune_alone_wants_stage_one_first(recipe):
     with pytest.raises(UsageError, match="run pretrain first"):
         train(recipe("stage=finetune"), progress=False)
@@ -273,6 +294,8 @@ def test_a_changed_file_in_a_model_folder_is_refused(recipe):
         load_model(str(folder))
     with pytest.raises(CheckpointError, match="no model in"):
         load_model("/nowhere/at/all")
+    with pytest.raises(CheckpointError, match=r"did you mean .*/pretrain\?"):
+        load_model(str(folder.parent.with_name("pretrian")))
 
 
 def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients():

@@ -36,9 +36,10 @@ Variant = Callable[[Tensor], Any]
 def bench_encoder(batches: Sequence[int], num_anchors: int, rounds: int, out: Path) -> str:
     """Time the variants of `encoder_variants` for each batch; writes `<out>/encoder-cpu.json`, returns a table."""
     variants = encoder_variants(num_anchors)
+    side = CLIP_L_336["image_size"]
     rows = []
     for batch in batches:
-        seconds = interleaved(variants, torch.randn(batch, 3, 336, 336), rounds)
+        seconds = interleaved(variants, torch.randn(batch, 3, side, side), rounds)
         rows += summary(seconds, batch, floor="floor")
     record = {"geometry": "CLIP ViT-L/14-336, random weights", "num_anchors": num_anchors, "rounds": rounds}
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ with its processor, ready to train or to save.
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from acformer.data.templates import resolve_template
 from acformer.embedded import resolve
-from acformer.errors import CheckpointError, UsageError
+from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.recipe import ModelSpec
@@ -91,6 +93,17 @@ def parse_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
+def parse_device(name: str) -> torch.device:
+    """A device that works here: `cpu`, `cuda`, `cuda:1`, ...; `auto` is an accelerator if there is one."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
 def square_image_processor(vision: str, image_size: int) -> LlavaImageProcessorPil:
     """LLaVA-1.5's preparation: pad to a square with the mean colour, resize; the encoder's own mean and std."""
     with loading(vision):
@@ -128,16 +141,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     options = dict(options)
     model_type = options.pop("model_type", "llama")
-    if model_type not in CONFIG_MAPPING:
-        raise UsageError(f"model.text.model_type {model_type!r} is not a transformers model type")
-    config = CONFIG_MAPPING[model_type](
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(f"model.text.model_type {model_type!r} is not a language model of transformers")
+    config_class = CONFIG_MAPPING[model_type]
+    valid = {*(field.name for field in fields(config_class)), *config_class.attribute_map}
+    told = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for key in options:
+        if key in told:
+            raise UsageError(f"model.text.{key} follows from the new tokenizer: leave it out (see tokenizer_vocab)")
+        if key not in valid:
+            raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid - {*told}))
+    try:
+        return AutoModelForCausalLM.from_config(config_class(**told, **options), dtype=dtype)
+    except Exception as error:  # configs and models say in many ways that they cannot be built of these options
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model.text does not describe a language model: {reason}") from error
 
 
 def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

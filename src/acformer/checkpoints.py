@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -
     Called by every process of a distributed run, since a sharded model is gathered from all of them; one writes.
     """
     part = folder.with_name(f".{folder.name}.part")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(part))
     if trainer.is_world_process_zero():
         (part / "training_args.bin").unlink(missing_ok=True)  # a pickle: the recipe is kept as YAML
@@ -89,6 +93,17 @@ def model_folder(name: str) -> str:
     return name
 
 
+def _refuse_missing_path(name: str) -> None:
+    """A misspelt local path is told as such, before the hub is asked for a model of that name."""
+    path = Path(name)
+    is_path = name.count("/") > 1 or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
+    if is_path and not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else " (train one: acformer train tiny)"
+        raise CheckpointError(f"no model in {name}: there is no such folder{hint}")
+
+
 def load_model(
     name: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
@@ -98,7 +113,8 @@ def load_model(
         CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config.
     """
     folder = model_folder(name)
-    if Path(folder).exists() or name.startswith((".", "/", "~")):
+    _refuse_missing_path(name)
+    if Path(folder).exists():
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
         if (Path(folder) / MANIFEST).is_file() and (problem := damage(Path(folder))):

@@ -17,25 +17,39 @@ from typing import Any, NoReturn
 from acformer import __version__
 from acformer.errors import AcFormerError, UsageError
 
-PREEMPTED, INTERRUPTED = 75, 130
+INTERRUPTED, TERMINATED, PREEMPTED = 130, 143, 75
+GOES_ON = "; the same command goes on from the last checkpoint of the run (or starts the stage anew if none was saved)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 ok, 2 usage, 3 data, 4 model, 5 diverged, 75 preempted, 130 Ctrl-C."""
+    """Entry point; returns the exit code: 0 ok, 2 usage, 3 data, 4 model, 5 diverged, 130 Ctrl-C, 143 terminated.
+
+    A command that can go on where it was stopped (`train`, `quickstart`) returns 75 for 143: start it again.
+    """
     arguments = _parse(argv)
     _set_up_logs(arguments.quiet)
-    signal.signal(signal.SIGTERM, _preempted)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         arguments.run(arguments)
-    except AcFormerError as error:
+    except (AcFormerError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"acformer: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        print(f"acformer: error: {_one_line(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, AcFormerError) else UsageError.exit_code
     except KeyboardInterrupt as stop:
-        print("acformer: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return PREEMPTED if stop.args else INTERRUPTED
+        print(f"acformer: interrupted{GOES_ON if arguments.resumable else ''}", file=sys.stderr)
+        terminated = PREEMPTED if arguments.resumable else TERMINATED
+        return terminated if stop.args else INTERRUPTED
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    message = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    if message.startswith("Caught "):  # in a DataLoader worker, whose whole traceback is in the message
+        message = message.rpartition(f"{type(error).__name__}: ")[2]
+    return " ".join(message.split())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,8 +78,8 @@ def _set_up_logs(quiet: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _preempted(signum: int, frame: Any) -> NoReturn:
-    """SIGTERM: leave like Ctrl-C, but with the exit code that tells a scheduler to start us again."""
+def _terminated(signum: int, frame: Any) -> NoReturn:
+    """SIGTERM: leave like Ctrl-C, but with another exit code: a scheduler may start us again."""
     raise KeyboardInterrupt(signum)
 
 
@@ -73,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--quiet", action="store_true", help="no progress bars, no log")
+    common.set_defaults(resumable=False)
     parser = _Parser(prog="acformer", description="Multimodal LLMs that read 65 visual tokens instead of 577.")
     parser.add_argument("--version", action="version", version=f"acformer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -85,8 +100,8 @@ def _quickstart(commands: Any, common: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("quickstart", parents=[common], help="fetch, train `tiny`, evaluate, ask, draw")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to change")
     sub.add_argument("--out", default="runs/quickstart", type=Path, help="where everything is written")
-    sub.add_argument("--limit", type=int, default=2400, help="how many test questions (default 2400)")
-    sub.set_defaults(run=_run_quickstart)
+    sub.add_argument("--limit", type=_positive, default=2400, help="how many test questions (default 2400)")
+    sub.set_defaults(run=_run_quickstart, resumable=True)
 
 
 def _run_quickstart(arguments: argparse.Namespace) -> None:
@@ -114,7 +129,7 @@ def _train(commands: Any, common: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("train", parents=[common], help="train a recipe")
     sub.add_argument("recipe", help="a name (tiny, smol, ...) or a YAML file")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. stage=pretrain model.connector=mlp")
-    sub.set_defaults(run=_run_train)
+    sub.set_defaults(run=_run_train, resumable=True)
 
 
 def _run_train(arguments: argparse.Namespace) -> None:
@@ -128,14 +143,11 @@ def _run_train(arguments: argparse.Namespace) -> None:
 
 def _eval(commands: Any, common: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("eval", parents=[common], help="answer a data set and score the answers")
-    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    _add_model(sub, max_new_tokens=16)
     sub.add_argument("--data", default="easy-vqa", help="easy-vqa or a LLaVA / chat JSON file (default easy-vqa)")
     sub.add_argument("--out", type=Path, help="where predictions and scores go (default MODEL/eval)")
     sub.add_argument("--limit", type=_positive, help="only the first questions")
-    sub.add_argument("--tokens", type=_positive, help="visual tokens an image, where the connector can choose")
     sub.add_argument("--batch-size", type=_positive, default=32)
-    sub.add_argument("--max-new-tokens", type=_positive, default=16)
-    _add_device(sub)
     sub.set_defaults(run=_run_eval)
 
 
@@ -159,12 +171,9 @@ def _run_eval(arguments: argparse.Namespace) -> None:
 
 def _ask(commands: Any, common: argparse.ArgumentParser) -> None:
     sub = commands.add_parser("ask", parents=[common], help="ask a question about a picture")
-    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    _add_model(sub, max_new_tokens=128)
     sub.add_argument("image", type=Path)
     sub.add_argument("question")
-    sub.add_argument("--tokens", type=_positive, help="visual tokens, where the connector can choose")
-    sub.add_argument("--max-new-tokens", type=_positive, default=128)
-    _add_device(sub)
     sub.set_defaults(run=_run_ask)
 
 
@@ -174,16 +183,9 @@ def _run_ask(arguments: argparse.Namespace) -> None:
     load_image(arguments.image)  # a bad picture is told before the model is loaded
     from acformer.evaluate.generate import ask
 
+    limits = {"num_image_tokens": arguments.tokens, "max_new_tokens": arguments.max_new_tokens}
     model, processor = _load(arguments)
-    ask(
-        model,
-        processor,
-        arguments.image,
-        arguments.question,
-        num_image_tokens=arguments.tokens,
-        max_new_tokens=arguments.max_new_tokens,
-        stream=True,
-    )
+    ask(model, processor, arguments.image, arguments.question, **limits, stream=True)
 
 
 def _anchors(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -193,8 +195,9 @@ def _anchors(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--num-anchors", type=_positive, default=64)
     sub.add_argument("--image-size", type=_positive, default=336, help="pixels a side that the encoder sees")
     sub.add_argument("--feature-layer", type=int, default=-2)
-    sub.add_argument("--out", type=Path, help="picture to write (default IMAGE.anchors.png)")
+    sub.add_argument("--out", type=_picture, help="picture to write (default IMAGE.anchors.png)")
     sub.add_argument("--json", action="store_true", help="print indices and grid positions as JSON")
+    _add_device(sub)
     sub.set_defaults(run=_run_anchors)
 
 
@@ -202,12 +205,15 @@ def _run_anchors(arguments: argparse.Namespace) -> None:
     from acformer.images import load_image
 
     image = load_image(arguments.image)
-    from acformer.build import square_image_processor
+    from acformer.build import parse_device, square_image_processor
     from acformer.embedded import resolve
-    from acformer.vision import load_vision_encoder
+    from acformer.vision import load_vision_encoder, patch_grid
     from acformer.viz import draw_anchors, find_anchors
 
-    encoder = load_vision_encoder(arguments.vision, arguments.feature_layer)
+    device = parse_device(arguments.device)
+    encoder = load_vision_encoder(arguments.vision, arguments.feature_layer).to(device)
+    if 0 in patch_grid(encoder.tower.config, arguments.image_size, arguments.image_size):
+        raise UsageError(f"--image-size {arguments.image_size} is smaller than one patch of {arguments.vision}")
     processor = square_image_processor(resolve(arguments.vision), arguments.image_size)
     found = find_anchors(image, encoder, processor, arguments.num_anchors)
     out = arguments.out or arguments.image.with_suffix(".anchors.png")
@@ -252,29 +258,40 @@ def _run_bench(arguments: argparse.Namespace) -> None:
     print(bench_encoder(arguments.batch, arguments.num_anchors, arguments.rounds, arguments.out))
 
 
+def _add_model(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    sub.add_argument("--tokens", type=_positive, help="visual tokens an image, where the connector can choose")
+    sub.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens)
+    sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
+    _add_device(sub)
+
+
 def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
 
 
 def _load(arguments: argparse.Namespace) -> Any:
     """Model and processor on the device that was asked for."""
-    import torch
-
-    from acformer.build import parse_dtype
+    from acformer.build import parse_device, parse_dtype
     from acformer.checkpoints import load_model
 
-    device = arguments.device
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
-    return load_model(arguments.model, dtype=dtype, device=device)
+    return load_model(arguments.model, dtype=dtype, device=parse_device(arguments.device))
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .jpg or .webp, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
 
 
 if __name__ == "__main__":

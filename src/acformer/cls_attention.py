@@ -74,6 +74,9 @@ class ClsAttentionTap:
     """
 
     def __init__(self, tower: PreTrainedModel):
+        if "cls_attention_tap" in vars(tower):
+            raise UsageError("this vision model already belongs to an encoder; load another copy for a second one")
+        vars(tower)["cls_attention_tap"] = self
         family = encoder_family(tower.config)
         self.tower_config = tower.config
         self.num_prefix_tokens = num_prefix_tokens(tower.config)
@@ -107,10 +110,11 @@ class ClsAttentionTap:
     def _keep_probe(self, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
         """The row from the head's query and key: the weights it returns are rounded to the tower's dtype."""
         weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
-        query, key = (
-            F.linear(x, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip(args[:2], weights, biases, strict=False)
-        )
+        with torch.autocast(args[0].device.type, enabled=False):
+            query, key = (
+                F.linear(x.to(weight.dtype), weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+                for x, weight, bias in zip(args[:2], weights, biases, strict=False)
+            )
         self.row = cls_row(query, key, query.shape[-1] ** -0.5)
 
 
@@ -123,11 +127,13 @@ def _attention_module(block: nn.Module, path: str) -> nn.Module:
 def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """softmax(q_cls . K^T * scaling): (B, H, L, d), (B, H, L, d) -> (B, H, L), in float32 at least.
 
-    Rounded to bf16 the scores of many patches would tie, so the dot products are formed in float32.
+    Rounded to bf16 the scores of many patches would tie, so the dot products are formed in float32, also where
+    autocast would round them.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = query[:, :, :1].to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
-    return scores.softmax(dim=-1)[:, :, 0]
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query[:, :, :1].to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling
+        return scores.softmax(dim=-1)[:, :, 0]
 
 
 def recording_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -138,7 +144,12 @@ def recording_attention(module, query, key, value, attention_mask, scaling=None,
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     tap.row = cls_row(query, key, scaling)[:, :, tap.num_prefix_tokens :]
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.tower_config._attn_implementation, tap.eager)
-    return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    own_config = module.config
+    module.config = tap.tower_config  # FlashAttention asks the module which kernel it is
+    try:
+        return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    finally:
+        module.config = own_config
 
 
 AttentionInterface.register(RECORDING, recording_attention)

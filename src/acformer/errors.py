@@ -2,7 +2,7 @@
 
 Every message says what is wrong, where, and what to do; the command line prints it as the single line
 `acformer: error: <message>`. Codes: 0 ok, 2 usage or config, 3 data, 4 checkpoint or model, 5 diverged,
-75 preempted (resume with the same command).
+75 preempted (resume with the same command), 130 Ctrl-C, 143 terminated.
 """
 
 from collections.abc import Iterable

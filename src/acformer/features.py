@@ -2,28 +2,31 @@
 
 A cache belongs to one encoder (its weights, its feature layer) and one way of preparing pixels: both are in the
 folder's name, so nothing stale is ever read. Pictures are known by the sha256 of their bytes. Appending is safe to
-interrupt: rows without an index line are cut off at the next opening.
+interrupt: rows without an index line are not read, and cut off by the next process that adds some. Reading changes
+nothing, so caches can be opened while another process adds to them.
 """
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from acformer.download import file_sha256, locked
-from acformer.errors import ImageError
+from acformer.errors import ImageError, UsageError
 from acformer.images import load_image
 from acformer.vision import VisionFeatures
 
-TOKENS = np.dtype(np.float16)
 # Scores stay in float32: rounding them would make ties, and so other anchors than the live encoder's.
-SCORES = np.dtype(np.float32)
+DTYPES: dict[str, np.dtype] = {"tokens": np.dtype(np.float16), "cls_attention": np.dtype(np.float32)}
 
 
 def encoder_key(tower: nn.Module, image_processor: Any) -> str:
@@ -54,22 +57,29 @@ class FeatureCache:
         self.device, self.dtype = next((p.device, p.dtype) for p in tower.parameters())
         self.image_processor = image_processor
         self.digests: dict[Path, str] = {}
+        self.reasons: dict[Path, str] = {}
         self.rows: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._open()
+        self.maps: dict[str, np.ndarray] = {}
+        self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open arrays: a pickled memory map is a copy of all that it maps."""
+        return {**vars(self), "maps": {}}
 
     def __call__(self, path: Path) -> dict[str, Tensor]:
-        """The features of a picture that was added; `ImageError` for one that was not, or could not be, read."""
+        """The features of a picture that was added; `ImageError` with the reason where there are none."""
         row = self.rows.get(self.digests.get(path, ""))
         if row is None:
-            raise ImageError(f"no features for {path}: it could not be read, or was never added to the cache")
-        arrays = {"tokens": self._map("tokens", TOKENS), "cls_attention": self._map("cls_attention", SCORES)}
-        return {name: torch.from_numpy(array[row].copy()) for name, array in arrays.items() if array is not None}
+            raise ImageError(self.reasons.get(path, f"no features for {path}: it was never added to the cache"))
+        if not self.maps:
+            self.maps = {name: self._map(name) for name in self.shapes}
+        return {name: torch.from_numpy(array[row].copy()) for name, array in self.maps.items()}
 
     def add(self, paths: Iterable[Path], *, batch_size: int = 32, progress: bool = True) -> None:
         """Encode the pictures that are not there yet. A damaged one is passed over: asking for it tells."""
         with locked(self.folder / "lock"):
-            self._open()
+            self._repair()
             new = self._missing(paths)
             with tqdm(total=len(new), desc="encode images", unit="img", disable=not (progress and new)) as bar:
                 for start in range(0, len(new), batch_size):
@@ -77,65 +87,97 @@ class FeatureCache:
                     self._append(batch)
                     bar.update(len(batch))
 
-    def _missing(self, paths: Iterable[Path]) -> dict[str, Path]:
-        new = {}
-        for path in paths:
+    def _missing(self, paths: Iterable[Path]) -> dict[str, list[Path]]:
+        """The digests that have no row yet, each with all the files of that content."""
+        new: dict[str, list[Path]] = {}
+        for path in dict.fromkeys(paths):
             if path not in self.digests:
                 try:
                     self.digests[path] = file_sha256(path)
-                except OSError:
+                except OSError as error:
+                    self.reasons[path] = f"cannot be read ({(error.strerror or 'input error').lower()}): {path}"
                     continue
             digest = self.digests[path]
             if digest not in self.rows:
-                new[digest] = path
+                new.setdefault(digest, []).append(path)
         return new
 
-    def _append(self, batch: list[tuple[str, Path]]) -> None:
-        pictures = {}
-        for digest, path in batch:
-            try:
-                pictures[digest] = load_image(path)
-            except ImageError:
-                continue
+    def _append(self, batch: list[tuple[str, list[Path]]]) -> None:
+        opened = {digest: self._picture(paths) for digest, paths in batch}
+        pictures = {digest: picture for digest, picture in opened.items() if picture is not None}
         if not pictures:
             return
         pixels = self.image_processor(list(pictures.values()), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             features = self.encode(pixels.to(self.device, self.dtype))
-        self._write("tokens", features.tokens.half())
+        tokens = features.tokens.half()
+        if not tokens.isfinite().all() and features.tokens.isfinite().all():
+            raise UsageError("this encoder's features exceed float16; run without cache_features")
+        arrays = {"tokens": tokens}
         if features.cls_attention is not None:
-            self._write("cls_attention", features.cls_attention.float())
-        meta = {name: list(shape) for name, shape in self.shapes.items()}
-        (self.folder / "shapes.json").write_text(json.dumps(meta), encoding="utf-8")
+            arrays["cls_attention"] = features.cls_attention.float()
+        self._write(arrays)
         with open(self.folder / "index.txt", "a", encoding="utf-8") as index:
             for digest in pictures:
                 index.write(f"{digest}\n")
                 self.rows[digest] = len(self.rows)
+        self.maps = {}
 
-    def _write(self, name: str, values: Tensor) -> None:
-        self.shapes[name] = tuple(values.shape[1:])
-        with open(self.folder / f"{name}.bin", "ab") as file:
-            file.write(values.cpu().numpy().tobytes())
+    def _picture(self, paths: list[Path]) -> Image | None:
+        """The picture in any of these files; why there is none is kept for whoever asks."""
+        for path in paths:
+            try:
+                return load_image(path)
+            except ImageError as error:
+                self.reasons[path] = str(error)
+                del self.digests[path]  # the file may be mended before it is added again
+        return None
 
-    def _open(self) -> None:
-        """Read the index; cut off rows that an interrupted run wrote without their index line."""
-        index, meta = self.folder / "index.txt", self.folder / "shapes.json"
-        if not meta.exists():
-            for leftover in self.folder.glob("*.bin"):
-                leftover.unlink()
-            return
-        shapes = json.loads(meta.read_text(encoding="utf-8"))
+    def _write(self, arrays: dict[str, Tensor]) -> None:
+        for name, values in arrays.items():
+            with open(self._file(name), "ab") as file:
+                file.write(values.cpu().numpy().tobytes())
+        shapes = {name: tuple(values.shape[1:]) for name, values in arrays.items()}
+        if shapes != self.shapes:
+            self.shapes = shapes
+            _replace(self.folder / "shapes.json", json.dumps(shapes))
+
+    def _read(self) -> None:
+        """Learn which rows there are, changing nothing: those with a whole index line and all of their bytes."""
+        shapes = json.loads(_text(self.folder / "shapes.json") or "{}")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        lines = index.read_text(encoding="utf-8").split("\n")[:-1] if index.exists() else []
-        self.rows = {digest: row for row, digest in enumerate(lines)}
-        index.write_text("".join(f"{digest}\n" for digest in self.rows), encoding="utf-8")
-        for name, dtype in (("tokens", TOKENS), ("cls_attention", SCORES)):
-            if name in self.shapes:
-                with open(self.folder / f"{name}.bin", "r+b") as file:
-                    file.truncate(len(self.rows) * dtype.itemsize * int(np.prod(self.shapes[name])))
+        lines = _text(self.folder / "index.txt").split("\n")[:-1]
+        files = {name: self._file(name) for name in self.shapes}
+        whole = [file.stat().st_size // self._row_bytes(name) if file.exists() else 0 for name, file in files.items()]
+        self.rows = {digest: row for row, digest in enumerate(lines[: min(whole, default=0)])}
+        self.maps = {}
 
-    def _map(self, name: str, dtype: np.dtype) -> np.ndarray | None:
-        if name not in self.shapes:
-            return None
-        shape = (len(self.rows), *self.shapes[name])
-        return np.memmap(self.folder / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
+    def _repair(self) -> None:
+        """Cut off what an interrupted run left behind the whole rows; only under the lock."""
+        self._read()
+        index = "".join(f"{digest}\n" for digest in self.rows)
+        if _text(self.folder / "index.txt") != index:
+            _replace(self.folder / "index.txt", index)
+        for name in DTYPES:
+            if self._file(name).exists():
+                os.truncate(self._file(name), len(self.rows) * self._row_bytes(name) if name in self.shapes else 0)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
+
+    def _row_bytes(self, name: str) -> int:
+        return DTYPES[name].itemsize * math.prod(self.shapes[name])
+
+    def _map(self, name: str) -> np.ndarray:
+        return np.memmap(self._file(name), DTYPES[name], mode="r", shape=(len(self.rows), *self.shapes[name]))
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: a reader sees the old text or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

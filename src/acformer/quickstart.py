@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
     with _timed(phases, "fetch"):
         fetch(["dinov2-s14", "easy-vqa"], progress=progress)
     with _timed(phases, "train"):
-        folder = train(load_recipe("tiny", [f"output_dir={out}", *overrides]), progress=progress)
+        folder = train(load_recipe("tiny", [f"output_dir={out}", "resume=false", *overrides]), progress=progress)
     with _timed(phases, "evaluate"):
         parts = load_model(str(folder))
         scores = evaluate(parts, "easy-vqa", out, limit=limit, progress=progress)
@@ -69,13 +70,14 @@ def _three(samples: list[Sample]) -> list[Sample]:
 
 
 def _show(parts: Parts, sample: Sample, out: Path) -> dict[str, Any]:
-    """Ask, and draw what the model looked at."""
+    """Ask, and draw the anchors that the model looked through, if its connector has any."""
     model, processor = parts
-    image = load_image(sample.images[0])
-    num_anchors = processor.num_image_tokens - 1
-    found = find_anchors(image, model.get_vision_features, processor.image_processor, num_anchors)
-    picture = out / f"anchors-{sample.id}.png"
-    draw_anchors(image, found.indices, found.grid, pad_to_square=True).save(picture)
+    picture = sample.images[0]
+    if model.config.connector == "acformer":
+        image, picture = load_image(picture), out / f"anchors-{sample.id}.png"
+        num_anchors = processor.num_image_tokens - 1
+        found = find_anchors(image, model.get_vision_features, processor.image_processor, num_anchors)
+        draw_anchors(image, found.indices, found.grid, pad_to_square=True).save(picture)
     question = question_text(sample)
     said = ask(*parts, sample.images[0], question, max_new_tokens=16)
     return {"question": question, "said": said, "answer": sample.answer, "picture": str(picture)}
@@ -98,6 +100,6 @@ def _report_text(report: dict[str, Any], out: Path) -> str:
             f"model          {report['model']}",
             f"predictions    {report['predictions']}",
             f"report         {out / 'report.json'}",
-            f"ask it more    acformer ask {out} PICTURE 'what color is the shape?'",
+            f"ask it more    {Path(sys.argv[0])} ask {out} PICTURE 'what color is the shape?'",
         ]
     )

@@ -6,14 +6,16 @@
     stage:      all | pretrain | finetune: which of them to run now
 
 A stage's `learning_rates` name the modules that train; whatever is not named is frozen. Everything under `training`
-goes to `transformers.TrainingArguments` as it stands.
+goes to `transformers.TrainingArguments` as it stands, but for what the recipe itself says elsewhere.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -21,6 +23,15 @@ from acformer.errors import UsageError, unknown_name
 
 STAGES = ("pretrain", "finetune")
 MODULES = ("vision_tower", "connector", "language_model")
+RESERVED = {
+    "learning_rate": "give {stage}.learning_rates.MODULE, one rate a module",
+    "output_dir": "give output_dir, the folder of the whole run",
+    "seed": "give seed, that of the whole run",
+    "resume_from_checkpoint": "give resume",
+    "remove_unused_columns": "it is always false: the collator takes samples whole",
+    "logging_nan_inf_filter": "it is always false: a loss that is not finite stops the run",
+}
+"""Keys of `TrainingArguments` that a recipe's `training` may not set, and what to do instead."""
 
 
 @dataclass
@@ -82,7 +93,7 @@ class Recipe:
     @property
     def output(self) -> Path:
         """Where the run writes; `{name}` in `output_dir` stands for the recipe's name."""
-        return Path(self.output_dir.format(name=self.name))
+        return Path(self.output_dir.replace("{name}", self.name))
 
     def stages(self) -> Iterator[tuple[str, StageSpec]]:
         """The stages to run now, in order."""
@@ -172,7 +183,7 @@ def _build(spec: type, values: Mapping, where: str) -> Any:
         path = f"{where}{key}"
         if key not in hints:
             raise unknown_name("recipe key", path, [f"{where}{name}" for name in hints])
-        kwargs[key] = _coerce(hints[key], value, path)
+        kwargs[key] = coerce(hints[key], value, path)
     required = [f.name for f in fields(spec) if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in kwargs]
     if missing:
@@ -180,8 +191,10 @@ def _build(spec: type, values: Mapping, where: str) -> Any:
     return spec(**kwargs)
 
 
-def _coerce(hint: Any, value: Any, path: str) -> Any:
-    allowed = get_args(hint) or (hint,)
+def coerce(hint: Any, value: Any, path: str) -> Any:
+    """The value as its type hint wants it (an int may stand for a float); `UsageError` if it does not fit."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+    allowed = tuple(get_origin(kind) or kind for kind in kinds)
     for kind in allowed:
         if kind in (ModelSpec, StageSpec) and isinstance(value, Mapping):
             return _build(kind, value, f"{path}.")
@@ -190,6 +203,8 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
         raise UsageError(f"recipe key {path} must be {names}, got {value!r}")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise UsageError(f"recipe key {path}: its keys must be names, got {value!r}")
     return value
 
 
@@ -198,14 +213,35 @@ def _validate(recipe: Recipe) -> None:
         raise unknown_name("stage", recipe.stage, ("all", *STAGES))
     if not list(recipe.stages()):
         raise UsageError(f"recipe {recipe.name!r} has nothing to run for stage={recipe.stage}")
+    if "{" in recipe.output_dir.replace("{name}", ""):
+        raise UsageError(f"output_dir {recipe.output_dir!r}: {{name}} is all that can be filled in")
+    _in_range("seed", recipe.seed, 0, 2**32 - 1)
+    _in_range("model.image_size", recipe.model.image_size, 1)
+    _in_range("model.tokenizer_vocab", recipe.model.tokenizer_vocab, 1)
     for stage, spec in recipe.stages():
-        for module, rate in spec.learning_rates.items():
-            if module not in MODULES:
-                raise unknown_name(f"module under {stage}.learning_rates", str(module), MODULES)
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
-                hint = " (write 5.0e-4: YAML reads 5e-4 as text)" if isinstance(rate, str) else ""
-                raise UsageError(f"{stage}.learning_rates.{module} must be a positive number, got {rate!r}{hint}")
-        if not spec.learning_rates:
-            raise UsageError(f"{stage}.learning_rates is empty: name the modules that train")
+        _validate_stage(stage, spec)
     if recipe.cache_features and any("vision_tower" in spec.learning_rates for _, spec in recipe.stages()):
         raise UsageError("cache_features needs a frozen encoder: take vision_tower out of learning_rates")
+
+
+def _validate_stage(stage: str, spec: StageSpec) -> None:
+    for module, rate in spec.learning_rates.items():
+        if module not in MODULES:
+            raise unknown_name(f"module under {stage}.learning_rates", module, MODULES)
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            hint = " (write 5.0e-4: YAML reads 5e-4 as text)" if isinstance(rate, str) else ""
+            raise UsageError(f"{stage}.learning_rates.{module} must be a positive number, got {rate!r}{hint}")
+    if not spec.learning_rates:
+        raise UsageError(f"{stage}.learning_rates is empty: name the modules that train")
+    for key in spec.training:
+        if key in RESERVED:
+            raise UsageError(f"{stage}.training.{key} does nothing here: {RESERVED[key].format(stage=stage)}")
+    for key in ("max_samples", "max_length", "group"):
+        _in_range(f"{stage}.{key}", getattr(spec, key), 1)
+    _in_range(f"{stage}.max_bad_fraction", spec.max_bad_fraction, 0, 1)
+
+
+def _in_range(path: str, value: float | None, low: float, high: float = math.inf) -> None:
+    if value is not None and not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+        raise UsageError(f"recipe key {path} must be {limits}, got {value!r}")

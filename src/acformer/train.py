@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from accelerate import PartialState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from acformer.build import build_model
 from acformer.checkpoints import damage, load_model, newest_whole, save_trained, write_manifest
@@ -28,7 +29,7 @@ from acformer.embedded import cache_dir
 from acformer.errors import DivergedError, UsageError, unknown_name
 from acformer.features import FeatureCache
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.recipe import MODULES, Recipe, StageSpec
+from acformer.recipe import MODULES, STAGES, Recipe, StageSpec, coerce
 
 logger = logging.getLogger("acformer")
 
@@ -44,7 +45,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         cannot be loaded. DivergedError: loss or gradient not finite; the last checkpoint is untouched.
     """
     set_seed(recipe.seed)
-    _claim_output(recipe)
+    _refuse_another_run(recipe)
     parts = None
     folder = recipe.output
     for stage, spec in recipe.stages():
@@ -55,6 +56,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
             continue
         samples, skip_log = stage_samples(spec, recipe.output / stage)
         parts = parts or _first_model(recipe, stage)
+        _claim_output(recipe, stage)
         trainer = _run_stage(recipe, stage, parts, samples, skip_log, progress)
         save_trained(trainer, parts[1], folder)
         logger.info("stage %s: model saved in %s", stage, folder)
@@ -63,10 +65,10 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
 
 def stage_samples(spec: StageSpec, folder: Path) -> tuple[list[Sample], SkipLog]:
     """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`."""
-    path = folder / "skipped.jsonl" if is_first_process() else None
-    skip_log = SkipLog(path, max_bad_fraction=spec.max_bad_fraction)
-    samples = load_samples(spec.data, image_root=spec.image_root, skipped=skip_log)
-    return samples[: spec.max_samples], skip_log
+    with PartialState().main_process_first():  # one makes the log, the others go on in it
+        path, first = folder / "skipped.jsonl", is_first_process()
+        skip_log = SkipLog(path, max_bad_fraction=spec.max_bad_fraction, fresh=first)
+        return load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples), skip_log
 
 
 def is_first_process() -> bool:
@@ -96,7 +98,7 @@ def module_parameters(model: AcFormerForConditionalGeneration) -> dict[str, list
 
 
 class AcFormerTrainer(Trainer):
-    """The Trainer with a learning rate a module, and frozen modules kept in eval mode."""
+    """The Trainer with a learning rate a module, and a frozen encoder kept in eval mode."""
 
     optimizer: Any
 
@@ -108,7 +110,8 @@ class AcFormerTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what `optim` says) with one group a module and decay setting."""
         if self.optimizer is None:
-            decayed = {id(p) for n, p in self.model.named_parameters() if n in self._decayed_names()}
+            names = set(self.get_decay_parameter_names(self.model)) if self.args.weight_decay > 0 else set()
+            decayed = {id(p) for n, p in self.model.named_parameters() if n in names}
             groups = []
             for module, parameters in module_parameters(self.model).items():
                 if module not in self.learning_rates:
@@ -134,9 +137,6 @@ class AcFormerTrainer(Trainer):
             raise DivergedError(f"loss is {loss.item()} at step {self.state.global_step + 1}: samples {names}")
         return result
 
-    def _decayed_names(self) -> set[str]:
-        return set(self.get_decay_parameter_names(self.model)) if self.args.weight_decay > 0 else set()
-
 
 class Guard(TrainerCallback):
     """Stops before an optimizer step on gradients that are not finite; completes every checkpoint's manifest."""
@@ -146,13 +146,17 @@ class Guard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Gradients are looked at after clipping: one that is not finite has spread to all of them by then."""
+        if args.fp16:
+            return  # there the loss scaler skips such steps, and the first ones are expected to overflow
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             names = ", ".join(self.trainer.sample_ids) if self.trainer else ""
             raise DivergedError(f"the gradient is not finite at step {state.global_step + 1}: samples {names}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The manifest comes last: a checkpoint without one did not finish."""
+        """The manifest comes last, after every process has written: a checkpoint without one did not finish."""
+        if self.trainer is not None:
+            self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
@@ -172,32 +176,54 @@ def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool)
         "logging_nan_inf_filter": False,
         "use_cpu": not torch.accelerator.is_available(),
     }
-    valid = TrainingArguments.__dataclass_fields__
-    for key in spec.training:
-        if key not in valid:
-            raise unknown_name("training argument", key, valid)
+    hints = get_type_hints(TrainingArguments)
+    for key, value in spec.training.items():
+        if key not in hints:
+            raise unknown_name("training argument", key, hints)
+        coerce(hints[key], value, f"training.{key}")
     try:
-        return TrainingArguments(**{**defaults, **spec.training})
+        args = TrainingArguments(**{**defaults, **spec.training})
     except (TypeError, ValueError) as error:
         raise UsageError(f"training arguments do not fit: {error}") from error
+    if args.n_gpu > 1:  # the Trainer would fall back to DataParallel, whose threads share one vision tower
+        raise UsageError(
+            f"{args.n_gpu} GPUs are visible to one process: start one process a GPU (torchrun --nproc-per-node "
+            f"{args.n_gpu} -m acformer.cli train ...), or show one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args
 
 
-def _claim_output(recipe: Recipe) -> None:
-    """The output folder belongs to one recipe; another one in it would mix two runs."""
+def _record(recipe: Recipe) -> str:
+    """The recipe as it is kept in the output folder, without what may differ between two calls of one run."""
+    return replace(recipe, stage="all", resume=True).to_yaml()
+
+
+def _work_of(recipe: Recipe, stages: Iterable[str] = STAGES) -> list[Path]:
+    """Checkpoints and models that the stages have left in the output folder."""
+    return [
+        path for stage in stages for name in ("checkpoint-*", "model") for path in (recipe.output / stage).glob(name)
+    ]
+
+
+def _refuse_another_run(recipe: Recipe) -> None:
+    """An output folder belongs to one recipe: another one in it would mix two runs."""
     record = recipe.output / "recipe.yaml"
-    mine = replace(recipe, stage="all", resume=True)
-    if not is_first_process():
-        return
-    if not recipe.resume:
-        for stage, _ in recipe.stages():
-            shutil.rmtree(recipe.output / stage, ignore_errors=True)  # its checkpoints are another run's
-    elif record.exists() and record.read_text(encoding="utf-8") != mine.to_yaml():
+    if recipe.resume and record.exists() and _work_of(recipe) and record.read_text(encoding="utf-8") != _record(recipe):
         raise UsageError(
             f"{recipe.output} holds a run of another recipe ({record}); choose output_dir=..., or resume=false to "
             "write over it"
         )
+
+
+def _claim_output(recipe: Recipe, stage: str) -> None:
+    """Write the recipe down, once all it names was found; with `resume: false` this and later stages start anew."""
+    if not is_first_process():
+        return
+    if not recipe.resume:
+        for path in _work_of(recipe, STAGES[STAGES.index(stage) :]):
+            shutil.rmtree(path)
     recipe.output.mkdir(parents=True, exist_ok=True)
-    record.write_text(mine.to_yaml(), encoding="utf-8")
+    (recipe.output / "recipe.yaml").write_text(_record(recipe), encoding="utf-8")
 
 
 def _first_model(recipe: Recipe, stage: str) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
@@ -239,20 +265,19 @@ def _run_stage(
     speaker = copy.copy(processor)
     if spec.template is not None:
         speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
+    dataset = ConversationDataset(samples, speaker, max_length=spec.max_length, group=spec.group)
+    features = cached_features(parts, samples, progress) if recipe.cache_features else None
     guard = Guard()
     trainer = AcFormerTrainer(
         model=model,
         args=args,
-        train_dataset=ConversationDataset(samples, speaker, max_length=spec.max_length, group=spec.group),
-        data_collator=Collator(
-            speaker,
-            features=cached_features(parts, samples, progress) if recipe.cache_features else None,
-            skip_log=skip_log,
-        ),
+        train_dataset=dataset,
+        data_collator=Collator(speaker, features=features, skip_log=skip_log, dataset=dataset),
         learning_rates=spec.learning_rates,
         callbacks=[guard],
     )
     guard.trainer = trainer
+    trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log to stdout
     checkpoint = newest_whole(folder, logger.warning) if recipe.resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.is_world_process_zero():

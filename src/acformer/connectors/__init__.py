@@ -1,13 +1,15 @@
 """Connectors by name. To add one: write its file, add its line to `CONNECTORS`, run the contract tests."""
 
 import inspect
-from typing import Any
+import math
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from acformer.connectors.acformer import AcFormerConnector
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.mlp import MLPConnector
 from acformer.connectors.perceiver import PerceiverConnector
-from acformer.errors import unknown_name
+from acformer.errors import UsageError, unknown_name
 
 CONNECTORS: dict[str, type[Connector]] = {
     "acformer": AcFormerConnector,
@@ -23,10 +25,7 @@ def list_connectors() -> list[str]:
 
 def connector_options(name: str) -> dict[str, Any]:
     """Keyword arguments of a connector and their defaults; `UsageError` for a name that is not known."""
-    if name not in CONNECTORS:
-        raise unknown_name("connector", name, CONNECTORS)
-    parameters = inspect.signature(CONNECTORS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {key: parameter.default for key, parameter in _parameters(name).items()}
 
 
 def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:
@@ -35,16 +34,44 @@ def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:
     Args:
         name: one of `list_connectors()`.
         geometry: widths D and E, patch grid and prefix tokens that it stands between.
-        **kwargs: its own options, see `connector_options(name)`.
+        **kwargs: its own options, see `connector_options(name)`. A value has the type that the option is annotated
+            with; a number is positive, or not below its default where that is 0 or less.
 
     Raises:
-        UsageError: unknown name or option (with the nearest valid one), or a value that the geometry cannot take.
+        UsageError: unknown name or option (with the nearest valid one), a value of the wrong type or out of range,
+        or one that the geometry cannot take.
     """
-    options = connector_options(name)
-    for key in kwargs:
-        if key not in options:
-            raise unknown_name(f"option of connector {name!r}", key, options)
+    parameters = _parameters(name)
+    for key, value in kwargs.items():
+        if key not in parameters:
+            raise unknown_name(f"option of connector {name!r}", key, parameters)
+        _check(name, parameters[key], value)
+    if geometry.num_patches < 1:
+        h, w = geometry.grid
+        raise UsageError(f"the image is smaller than one patch of the encoder: {h} x {w} patches")
     return CONNECTORS[name](geometry, **kwargs)
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    if name not in CONNECTORS:
+        raise unknown_name("connector", name, CONNECTORS)
+    parameters = inspect.signature(CONNECTORS[name], eval_str=True).parameters
+    return {key: parameter for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+def _check(name: str, option: inspect.Parameter, value: Any) -> None:
+    """`UsageError` unless the value is of the annotated type and in range; other types are the connector's to check."""
+    kinds = get_args(option.annotation) if isinstance(option.annotation, UnionType) else (option.annotation,)
+    if not {*kinds} <= {bool, int, float, str, NoneType}:
+        return
+    fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if fits and type(value) in (int, float):
+        lowest = option.default if type(option.default) in (int, float) and option.default <= 0 else None
+        fits = value < math.inf and (value > 0 if lowest is None else value >= lowest)
+    if not fits:
+        positive = "positive " if {int, float} & {*kinds} else ""
+        wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise UsageError(f"option {option.name} of connector {name!r} must be a {positive}{wanted}, got {value!r}")
 
 
 __all__ = [

@@ -49,6 +49,13 @@ class Connector(nn.Module, ABC):
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """The connector's idea: features -> (B, num_tokens, E)."""
 
+    def at_rest(self) -> Float[Tensor, ""]:
+        """0, as a function of every weight: a step without pictures stays differentiable, and in step on all ranks."""
+        sizes, like = self.geometry, next(self.parameters())
+        tokens = like.new_zeros(1, sizes.num_prefix_tokens + sizes.num_patches, sizes.vision_hidden_size)
+        row = like.new_zeros(1, 1, sizes.num_patches)
+        return 0 * self(VisionFeatures(tokens, row, sizes.grid, sizes.num_prefix_tokens)).sum()
+
     def forward(self, features: VisionFeatures, num_tokens: int | None = None) -> Float[Tensor, "B T E"]:
         """features -> (B, T, E); `num_tokens` overrides T where the connector is elastic, else `UsageError`."""
         num_tokens = self.num_tokens if num_tokens is None else num_tokens

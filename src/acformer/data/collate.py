@@ -19,7 +19,7 @@ from acformer.data.sources import Sample, SkipLog
 from acformer.errors import DataError
 from acformer.images import load_image
 
-Features = Mapping[str, Tensor]
+Features = Mapping[str, Tensor | None]
 Opened = tuple[dict[str, Any], list[tuple[Path, Any]]]
 
 
@@ -67,11 +67,20 @@ def stack_features(paths: Sequence[Path], features: Callable[[Path], Features]) 
 
     image_index (I,) says which of the U pictures each of the I paths is.
     """
-    found = {path: features(path) for path in dict.fromkeys(paths)}
+    found = {path: {k: v for k, v in features(path).items() if v is not None} for path in dict.fromkeys(paths)}
     place = {path: number for number, path in enumerate(found)}
-    keys = [key for key, value in next(iter(found.values())).items() if value is not None]
-    stacked = {key: torch.stack([one[key] for one in found.values()]) for key in keys}
+    stacked = {key: torch.stack([one[key] for one in found.values()]) for key in next(iter(found.values()))}
     return {**stacked, "image_index": torch.tensor([place[path] for path in paths])}
+
+
+class BatchError(DataError):
+    """A batch that cannot be made; also from a loader's worker process with its plain message.
+
+    torch makes the error anew in the main process, out of the worker's whole traceback: what it ends in is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{__name__}.BatchError: ")[2].rstrip())
 
 
 class Collator:
@@ -83,9 +92,9 @@ class Collator:
       images has neither.
     - `sample_ids`: list of B, for error messages (not for the model)
 
-    A batch of which nothing can be used repeats the last good one. Errors: `DataError` when there is none yet, when
-    there is nothing to learn, or placeholders and images
-    disagree; `SkipLog.check`'s when too many samples are bad.
+    A batch of which nothing can be used repeats the last good one; when there is none yet, the first good item of
+    `dataset` takes its place. Errors: `BatchError` when neither is there, when there is nothing to learn, when
+    placeholders and images disagree, and `SkipLog.check`'s when too many samples are bad.
     """
 
     def __init__(
@@ -94,18 +103,24 @@ class Collator:
         *,
         features: Callable[[Path], Features] | Mapping[Path, Features] | None = None,
         skip_log: SkipLog | None = None,
+        dataset: ConversationDataset | None = None,
     ) -> None:
         self.processor = processor
         self.features = features.__getitem__ if isinstance(features, Mapping) else features
         self.skip_log = skip_log
+        self.dataset = dataset
         self.spare: list[Opened] = []
 
     def __call__(self, groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
         """The batch, without the samples that cannot be used."""
-        items = [item for group in groups for item in group]
+        try:
+            return self._batch([item for group in groups for item in group])
+        except DataError as error:
+            raise BatchError(str(error)) from error
+
+    def _batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         good, reason = self._usable(items)
-        if not good and self.spare:
-            good = self.spare  # a batch cannot be empty: the last good one once more
+        good = good or self.spare or self._first_usable()  # a batch cannot be empty
         if not good:
             raise DataError(f"no usable sample in the batch {_names(items)}: {reason}")
         self.spare = good
@@ -125,6 +140,11 @@ class Collator:
                 reason = str(error)
                 self._skip(item, error)
         return good, reason
+
+    def _first_usable(self) -> list[Opened]:
+        """What is good of the first item of the data set that has any."""
+        groups = () if self.dataset is None else map(self.dataset.__getitem__, range(len(self.dataset)))
+        return next(filter(None, (self._usable(group)[0] for group in groups)), [])
 
     def _open(self, item: dict[str, Any]) -> list[tuple[Path, Any]]:
         """The pictures of an item, or what the encoder made of them."""

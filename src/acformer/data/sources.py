@@ -2,9 +2,8 @@
 
 Two layouts of record, in a JSON list or in JSON lines: LLaVA's (`image`, `conversations` of from/value,
 `<image>` tags in the text) and chat messages (`images`, `messages` of role/content). Stricter than
-`json.load`: duplicate keys, NaN, lone surrogates and pictures outside the image folder are refused. Lines end
-at a newline only (not at U+2028), a byte order mark is passed over, and one bad record never hides the ones
-after it.
+`json.load`: duplicate keys, NaN, lone surrogates and pictures outside the image folder are refused. Lines end at a
+newline only (not at U+2028), a byte order mark is passed over, and one bad record never hides the ones after it.
 """
 
 import codecs
@@ -13,15 +12,18 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from acformer.data.conversation import IMAGE_TAG, Message, check_images, split_at_images
+from acformer.download import locked
 from acformer.embedded import embedded_path
 from acformer.errors import DataError, unknown_name
 
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 EASY_VQA = ("train", "test", "captions", "train_dialogues")
+FsPath = str | os.PathLike[str]
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -49,25 +51,25 @@ class Sample:
 
 
 class SkipLog:
-    """Counts what was offered and skipped, and appends each skipped record to a file, once.
+    """Counts what was offered and skipped: used + skipped = offered, also when a picture turns out bad late.
 
-    used + skipped = offered, also when a picture turns out bad long after its record was read. An older file
-    at `path` is removed (in a distributed run, only the first process gives a path). A copy in a loader's
-    worker process appends to the same file but counts for itself.
+    The file at `path` is shared by the copies in loaders' workers and by the processes of a distributed run: a record
+    is written there once and counted by all. `fresh` removes an older file. Without a path, each copy is on its own.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_bad_fraction: float = 0.01) -> None:
+    def __init__(self, path: FsPath | None = None, *, max_bad_fraction: float = 0.01, fresh: bool = True) -> None:
         self.path = None if path is None else Path(path)
         self.max_bad_fraction = max_bad_fraction
         self.offered = 0
         self._reasons: dict[tuple[str, int], str] = {}
-        if self.path is not None:
+        self._inode, self._end = -1, 0  # which file the reasons are from, and how much of it was read
+        if self.path is not None and fresh:
             self.path.unlink(missing_ok=True)
 
     @property
     def skipped(self) -> int:
         """How many records were skipped."""
-        return len(self._reasons)
+        return len(self._known())
 
     @property
     def used(self) -> int:
@@ -76,13 +78,13 @@ class SkipLog:
 
     def skip(self, file: str, record: int, reason: str) -> None:
         """Write down that a record is left out, unless that is known."""
-        if (file, record) in self._reasons:
+        if self.path is None:
+            self._reasons.setdefault((file, record), reason)
             return
-        self._reasons[file, record] = reason
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"file": file, "record": record, "reason": reason}) + "\n")
+        with locked(self.path):
+            if (file, record) not in self._known():
+                with self.path.open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"file": file, "record": record, "reason": reason}) + "\n")
 
     def check(self) -> None:
         """`DataError` once more than `max_bad_fraction` of the records offered were skipped."""
@@ -94,33 +96,42 @@ class SkipLog:
                 f"the first is {file}:{record}: {reason}{where}"
             )
 
+    def _known(self) -> dict[tuple[str, int], str]:
+        """The reasons of all records skipped so far, whoever wrote them down."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as log:
+                inode = os.fstat(log.fileno()).st_ino
+                if inode != self._inode:  # the first to be read, or an older one was removed since
+                    self._inode, self._end, self._reasons = inode, 0, {}
+                log.seek(self._end)
+                while (line := log.readline()).endswith(b"\n"):
+                    entry = json.loads(line)
+                    self._reasons[entry["file"], entry["record"]] = entry["reason"]
+                    self._end += len(line)
+        return self._reasons
+
 
 def load_samples(
-    name_or_path: str | os.PathLike[str],
-    *,
-    image_root: str | os.PathLike[str] | None = None,
-    skipped: SkipLog | None = None,
+    name_or_path: FsPath, *, image_root: FsPath | None = None, skipped: SkipLog | None = None, limit: int | None = None
 ) -> list[Sample]:
-    """All samples of a file, or of `easy-vqa` (`:train`, `:test`, `:captions`, `:train_dialogues`).
+    """The samples of a file, or of `easy-vqa` (`:train`, `:test`, `:captions`, `:train_dialogues`).
 
-    Errors: `DataError` as `read_samples`, and when too many records are bad (`SkipLog.check`); `UsageError`
-    for an unknown part of easy-vqa.
+    Of more than `limit` the first; what follows is not looked at, nor counted. Errors: `DataError` as `read_samples`,
+    and when too many records are bad (`SkipLog.check`); `UsageError` for an unknown part of easy-vqa.
     """
-    skipped = SkipLog() if skipped is None else skipped
+    skipped = skipped or SkipLog()
     name, _, part = str(name_or_path).partition(":")
     path = Path(name_or_path)
     if name == "easy-vqa":
         if part and part not in EASY_VQA:
             raise unknown_name("part of easy-vqa", part, EASY_VQA)
         path = embedded_path("easy-vqa") / f"{part or 'train'}.jsonl"
-    samples = list(read_samples(path, image_root=image_root, skipped=skipped))
+    samples = list(islice(read_samples(path, image_root=image_root, skipped=skipped), limit))
     skipped.check()
     return samples
 
 
-def read_samples(
-    path: str | os.PathLike[str], *, image_root: str | os.PathLike[str] | None = None, skipped: SkipLog
-) -> Iterator[Sample]:
+def read_samples(path: FsPath, *, image_root: FsPath | None = None, skipped: SkipLog) -> Iterator[Sample]:
     """The good records of a file, one by one; the bad ones go to `skipped`.
 
     Pictures are looked for under `image_root` (default: the file's folder) and only opened later. Errors:
@@ -234,7 +245,10 @@ def _sample(record: Any, path: Path, number: int, root: Path) -> Sample:
             messages = [_llava_message(turn) for turn in turns]
         case _:
             raise DataError("a record is an object with `conversations` or `messages`")
-    _refuse_surrogates(record)
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("holds a lone surrogate, which is not a character") from None
     images = tuple(_image_path(root, name) for name in _image_names(record))
     check_images(messages, len(images))
     said = ["".join(split_at_images(message)) for message in messages if message["role"] == "assistant"]
@@ -265,13 +279,6 @@ def _llava_message(turn: Any) -> dict[str, Any]:
     for text in texts[1:]:
         parts += [{"type": "image"}, {"type": "text", "text": text.removeprefix("\n")}]
     return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
-
-
-def _refuse_surrogates(record: dict[str, Any]) -> None:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise DataError("holds a lone surrogate, which is not a character") from None
 
 
 def _image_names(record: dict[str, Any]) -> list[str]:

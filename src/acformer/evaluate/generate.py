@@ -1,6 +1,7 @@
 """Questions in, answers out: greedy decoding in left-padded batches, one prediction a line."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from acformer.data.sources import Sample
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.images import load_image
 
-Features = Callable[[Path], dict[str, Tensor]]
+Features = Callable[[Path], Mapping[str, Tensor | None]]
 
 
 def prompt_inputs(
@@ -59,10 +60,12 @@ def answer(
 ) -> Iterator[str]:
     """The model's answer to each sample, in order, as it becomes known.
 
-    The batch does not change the answer (in float32). Errors: `ImageError` for a picture that cannot be read;
+    A picture that several questions in a row are about is encoded once (`features`: by default `live_features`). The
+    batch does not change the answer (in float32). Errors: `ImageError` for a picture that cannot be read;
     an evaluation never scores an error as a wrong answer.
     """
     options = generation_options(processor, max_new_tokens)
+    features = features or live_features(model, processor)
     with tqdm(total=len(samples), desc="answer", unit="q", disable=not progress) as bar:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
@@ -73,6 +76,22 @@ def answer(
                 output = model.generate(**to_device(inputs, model.device), **options)
             yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
             bar.update(len(batch))
+
+
+def live_features(
+    model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, remember: int = 64
+) -> Features:
+    """path -> what the model's encoder makes of it: tokens (P+N, D), cls_attention (H, N); remembers the last ones."""
+
+    @lru_cache(maxsize=remember)
+    def encode(path: Path) -> dict[str, Tensor | None]:
+        pixels = processor.image_processor([load_image(path)], return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            found = model.get_vision_features(pixels.to(model.device))
+        row = found.cls_attention
+        return {"tokens": found.tokens[0], "cls_attention": None if row is None else row[0]}
+
+    return encode
 
 
 def ask(

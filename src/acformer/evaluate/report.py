@@ -12,7 +12,6 @@ from acformer.errors import DataError
 from acformer.evaluate.generate import answer
 from acformer.evaluate.scorers import accuracy_by_kind, blind_accuracy, blind_answers, exact_match, interval
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.train import cached_features
 
 
 def evaluation_samples(data: str, limit: int | None = None) -> list[Sample]:
@@ -43,12 +42,10 @@ def evaluate(
     model, processor = parts
     samples = evaluation_samples(data, limit)
     started = time.monotonic()
-    features = cached_features(parts, samples, progress)
     answers = answer(
         model,
         processor,
         samples,
-        features=features,
         num_image_tokens=num_image_tokens,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -56,7 +53,7 @@ def evaluate(
     )
     out.mkdir(parents=True, exist_ok=True)
     correct = write_predictions(samples, answers, out / "predictions.jsonl")
-    low, high = interval(correct, [str(sample.images) for sample in samples])
+    low, high = interval(correct, [str(sample.images or sample.id) for sample in samples])
     scores = {
         "data": data,
         "accuracy": sum(correct) / len(correct),
@@ -93,7 +90,7 @@ def write_predictions(samples: Sequence[Sample], answers: Any, path: Path) -> li
 
 def blind_table(data: str, samples: Sequence[Sample]) -> dict[str, str]:
     """Most frequent answers: of easy-VQA's training questions, or of the evaluated ones where there are no others."""
-    known = load_samples("easy-vqa:train") if data.startswith("easy-vqa") else samples
+    known = load_samples("easy-vqa:train") if data.partition(":")[0] == "easy-vqa" else samples
     return blind_answers(*questions_and_answers(known))
 
 

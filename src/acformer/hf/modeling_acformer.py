@@ -1,7 +1,7 @@
 """The model, the Hugging Face way: image encoder -> connector -> language model (eq. 3 and 6, Fusion B).
 
-Composed of `AutoModel`s, with `LlavaForConditionalGeneration`'s module names and forward signature; it differs from
-LLaVA in the connector, in stopping the encoder at the feature layer and in strict loading.
+Composed of `AutoModel`s, with `LlavaForConditionalGeneration`'s names and forward signature; it differs from LLaVA in
+the connector, in stopping the encoder at the feature layer and in strict loading.
 """
 
 from collections.abc import Mapping
@@ -41,6 +41,22 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """No: of custom code, transformers would leave every module uninitialised that has no weights of its own."""
         return False
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | None, *args: Any, strict: bool = True, **kwargs: Any
+    ) -> Any:
+        """As transformers', but a missing, unexpected or wrong-shaped weight is a `CheckpointError`.
+
+        `strict=False` restores transformers' behaviour: a report is printed and a model is returned.
+        """
+        name, want_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
+        model, report = super().from_pretrained(name, *args, **kwargs)
+        if strict:
+            _refuse_wrong_keys(cls, name, report, shapes_may_differ)
+        return (model, report) if want_report else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,6 +154,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), image_tokens)
         elif input_ids is not None and input_ids.shape[1] > 1:  # a single id is a step of generation
             _check_counts(self._image_places(input_ids, inputs_embeds).sum(), 0, 0)
+        if image_output is None and self.training:
+            inputs_embeds = inputs_embeds + self.connector.at_rest().to(inputs_embeds)
         output = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -177,22 +195,6 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         self.model = AcFormerModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | None, *args: Any, strict: bool = True, **kwargs: Any
-    ) -> Any:
-        """As transformers', but a missing, unexpected or wrong-shaped weight is a `CheckpointError`.
-
-        `strict=False` restores transformers' behaviour: a report is printed and a model is returned.
-        """
-        name, want_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
-        kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
-        model, report = super().from_pretrained(name, *args, **kwargs)
-        if strict:
-            _refuse_wrong_keys(name, report, shapes_may_differ)
-        return (model, report) if want_report else model
 
     def get_vision_features(self, pixel_values: Tensor) -> VisionFeatures:
         """See `AcFormerModel.get_vision_features`."""
@@ -287,12 +289,12 @@ def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[:, :-1][chosen][None], targets[chosen][None]
 
 
-def _refuse_wrong_keys(name: str | None, report: dict, shapes_may_differ: bool) -> None:
+def _refuse_wrong_keys(model_class: type, name: str | None, report: dict, shapes_may_differ: bool) -> None:
+    head = {"lm_head.weight"} if model_class is AcFormerModel else set()  # the bare model leaves it out
     problems = {
         "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(report["unexpected_keys"]),
+        "unexpected": sorted(set(report["unexpected_keys"]) - head),
         "of another shape": [] if shapes_may_differ else sorted(str(key) for key in report["mismatched_keys"]),
     }
-    told = [f"{len(keys)} weights {what} (first: {keys[0]})" for what, keys in problems.items() if keys]
-    if told:
+    if told := [f"{len(keys)} weights {what} (first: {keys[0]})" for what, keys in problems.items() if keys]:
         raise CheckpointError(f"{name}: the weights do not fit the config: {'; '.join(told)}")
