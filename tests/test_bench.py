@@ -15,7 +15,7 @@ def test_bench_writes_json_and_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "CLIP_L_336", {**tiny, "image_size": 28, "patch_size": 7})
     said = bench.bench_encoder([1, 2], num_anchors=4, rounds=3, out=tmp_path / "new/folder")
 
-    path = tmp_path / "new/folder/encoder-cpu.json"
+    path = tmp_path / "new/folder/encoder-cpu-batch-1-2.json"
     record = json.loads(path.read_text())
     assert (record["num_anchors"], record["rounds"], record["torch"]) == (4, 3, torch.__version__)
     assert [(row["batch"], row["variant"]) for row in record["rows"]] == [

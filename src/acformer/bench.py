@@ -33,9 +33,15 @@ CLIP_L_336 = {
 Variant = Callable[[Tensor], Any]
 
 
-def bench_encoder(batches: Sequence[int], num_anchors: int, rounds: int, out: Path) -> str:
-    """Time the variants of `encoder_variants` for each batch; writes `<out>/encoder-cpu.json`, returns a table."""
+def bench_encoder(
+    batches: Sequence[int], num_anchors: int, rounds: int, out: Path, names: Sequence[str] | None = None
+) -> str:
+    """Time variants (default: all of `encoder_variants`) for each batch; returns a table.
+
+    Writes `<out>/encoder-cpu-batch-<batches>.json`: seconds, ratios to the floor, machine, versions, commit.
+    """
     variants = encoder_variants(num_anchors)
+    variants = {name: variants[name] for name in names or variants}
     side = CLIP_L_336["image_size"]
     rows = []
     for batch in batches:
@@ -43,7 +49,7 @@ def bench_encoder(batches: Sequence[int], num_anchors: int, rounds: int, out: Pa
         rows += summary(seconds, batch, floor="floor")
     record = {"geometry": "CLIP ViT-L/14-336, random weights", "num_anchors": num_anchors, "rounds": rounds}
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "encoder-cpu.json"
+    path = out / f"encoder-cpu-batch-{'-'.join(map(str, batches))}.json"
     path.write_text(json.dumps({**record, **machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return f"{table(rows)}\n{path}"
 

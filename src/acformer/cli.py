@@ -248,6 +248,7 @@ def _bench(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=_positive, nargs="+", default=[1, 8])
     sub.add_argument("--num-anchors", type=_positive, default=144)
     sub.add_argument("--rounds", type=_positive, default=7)
+    sub.add_argument("--variants", nargs="+", choices=["floor", "cls_row", "anchors", "all_layers", "authors"])
     sub.add_argument("--out", type=Path, default=Path("results/bench"))
     sub.set_defaults(run=_run_bench)
 
@@ -255,7 +256,7 @@ def _bench(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run_bench(arguments: argparse.Namespace) -> None:
     from acformer.bench import bench_encoder
 
-    print(bench_encoder(arguments.batch, arguments.num_anchors, arguments.rounds, arguments.out))
+    print(bench_encoder(arguments.batch, arguments.num_anchors, arguments.rounds, arguments.out, arguments.variants))
 
 
 def _add_model(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
