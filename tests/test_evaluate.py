@@ -132,7 +132,7 @@ def test_evaluate_writes_what_it_says(parts, data, tmp_path, monkeypatch):
 def test_ask_and_stream(parts, data, capsys):
     picture = data.parent / "0.png"
     said = ask(*parts, picture, "what?", max_new_tokens=6, stream=True)
-    assert capsys.readouterr().out.strip() == said
+    assert capsys.readouterr().out == f"{said}\n"
     tokens = parts[1].tokenizer(said, add_special_tokens=False)["input_ids"]
     assert 0 < len(tokens) <= 12
     with torch.inference_mode():

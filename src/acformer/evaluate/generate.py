@@ -107,11 +107,25 @@ def ask(
     """The answer to one question about one picture; `stream` prints it word by word as it is made."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     inputs = prompt_inputs(processor, [[{"role": "user", "content": content}]], [image], None, num_image_tokens)
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = AnswerStreamer(processor) if stream else None
     options = generation_options(processor, max_new_tokens)
     with torch.inference_mode():
         output = model.generate(**to_device(inputs, model.device), **options, streamer=streamer)
     return decode(processor, output[:, inputs["input_ids"].shape[1] :])[0]
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer as it is made, without the space that some templates put before it."""
+
+    def __init__(self, processor: AcFormerProcessor):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.has_begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is new."""
+        text = text if self.has_begun else text.lstrip()
+        self.has_begun = self.has_begun or bool(text)
+        super().on_finalized_text(text, stream_end)
 
 
 def generation_options(processor: AcFormerProcessor, max_new_tokens: int) -> dict[str, Any]:
