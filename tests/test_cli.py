@@ -189,9 +189,11 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path, photo, model_folder, 
 )
 def test_only_what_can_go_on_says_so(capsys, monkeypatch, command, stop, expected):
     monkeypatch.setattr(f"acformer.cli._run_{command[0]}", lambda arguments: os.kill(os.getpid(), stop))
-    before = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     code, _, err = run(capsys, *command)
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert code == expected
     assert err.startswith("acformer: interrupted")
     assert ("the same command goes on from the last checkpoint of the run" in err) is (command[0] != "connectors")
