@@ -152,9 +152,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
             places = self._image_places(input_ids, inputs_embeds)
             _check_counts(places.sum(), len(per_image), image_tokens.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), image_tokens)
-        elif input_ids is not None and input_ids.shape[1] > 1:  # a single id is a step of generation
-            _check_counts(self._image_places(input_ids, inputs_embeds).sum(), 0, 0)
-        if image_output is None and self.training:
+        elif self.training:
             inputs_embeds = inputs_embeds + self.connector.at_rest().to(inputs_embeds)
         output = self.language_model(
             attention_mask=attention_mask,
@@ -197,21 +195,24 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         self.post_init()
 
     def get_vision_features(self, pixel_values: Tensor) -> VisionFeatures:
-        """See `AcFormerModel.get_vision_features`."""
+        """See `AcFormerModel`."""
         return self.model.get_vision_features(pixel_values)
 
     def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `AcFormerModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def generate(self, *args: Any, vision_features: VisionFeatures | Mapping | None = None, **kwargs: Any) -> Any:
-        """As transformers', with `vision_features` in place of `pixel_values` where they are known already."""
+    def generate(self, inputs: Tensor | None = None, *args: Any, vision_features: Any = None, **kwargs: Any) -> Any:
+        """As transformers', and `vision_features` for `pixel_values`; image tokens without images are refused."""
         if vision_features is not None:
             budget = kwargs.pop("num_image_tokens", None)
             with torch.no_grad():
                 output = self.get_image_features(vision_features=vision_features, num_image_tokens=budget)
             kwargs["mm_encoder_outputs"] = {"image": output}
-        return super().generate(*args, **kwargs)
+        ids = kwargs.get("input_ids", inputs)
+        if ids is not None and kwargs.get("pixel_values", kwargs.get("mm_encoder_outputs")) is None:
+            _check_counts((ids == self.config.image_token_id).sum(), 0, 0)
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
         """As transformers'; images belong to the first step, which older versions forget for `mm_encoder_outputs`."""
