@@ -1,7 +1,6 @@
 """The model, the Hugging Face way: image encoder -> connector -> language model (eq. 3 and 6, Fusion B).
 
-Composed of `AutoModel`s, with `LlavaForConditionalGeneration`'s names and forward signature; it differs from LLaVA in
-the connector, in stopping the encoder at the feature layer and in strict loading.
+LLaVA's names and forward signature; not LLaVA's the connector, the encoder's end at the feature layer, strict loading.
 """
 
 from collections.abc import Mapping
