@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaImageProcessorPil,
@@ -107,14 +106,17 @@ def parse_device(name: str) -> torch.device:
 def square_image_processor(vision: str, image_size: int) -> LlavaImageProcessorPil:
     """LLaVA-1.5's preparation: pad to a square with the mean colour, resize; the encoder's own mean and std."""
     with loading(vision):
-        own = AutoImageProcessor.from_pretrained(vision)
+        # The file itself: AutoImageProcessor wants torchvision in transformers < 5.19.
+        own, _ = LlavaImageProcessorPil.get_image_processor_dict(vision)
+    if not {"image_mean", "image_std"} <= own.keys():
+        raise CheckpointError(f"{vision}: its preprocessor_config.json gives no image_mean and image_std")
     size = {"height": image_size, "width": image_size}
     return LlavaImageProcessorPil(
         do_pad=True,
         size={"shortest_edge": image_size},
         crop_size=size,
-        image_mean=list(own.image_mean),
-        image_std=list(own.image_std),
+        image_mean=list(own["image_mean"]),
+        image_std=list(own["image_std"]),
     )
 
 
