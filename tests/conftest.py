@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
 import acformer.connectors
-from acformer.connectors import Geometry
+from acformer.connectors import Connector, Geometry
 from acformer.vision import VisionFeatures
 
 settings.register_profile("acformer", deadline=None, derandomize=True, database=None)
@@ -112,14 +112,20 @@ def pixels() -> Tensor:
 
 @pytest.fixture
 def make_features() -> Callable[..., VisionFeatures]:
-    """(geometry, batch, dtype) -> random `VisionFeatures` that fit the geometry."""
+    """(geometry or connector, batch, dtype) -> random `VisionFeatures` that fit it; a connector may want levels."""
 
-    def make(geometry: Geometry, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> VisionFeatures:
+    def make(
+        reader: Geometry | Connector, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> VisionFeatures:
+        is_geometry = isinstance(reader, Geometry)
+        geometry = reader if is_geometry else reader.geometry._replace(grid=reader.input_grid)
         generator = torch.Generator().manual_seed(seed)
-        length = geometry.num_prefix_tokens + geometry.num_patches
-        tokens = torch.randn(batch, length, geometry.vision_hidden_size, generator=generator).to(dtype)
+        shape = batch, geometry.num_prefix_tokens + geometry.num_patches, geometry.vision_hidden_size
+        tokens = torch.randn(shape, generator=generator).to(dtype)
         row = torch.randn(batch, 4, geometry.num_patches, generator=generator).softmax(-1)
-        return VisionFeatures(tokens, row, geometry.grid, geometry.num_prefix_tokens)
+        num_levels = 0 if is_geometry else len(reader.levels)
+        levels = torch.randn(batch, num_levels, *shape[1:], generator=generator).to(dtype) if num_levels else None
+        return VisionFeatures(tokens, row, geometry.grid, geometry.num_prefix_tokens, levels)
 
     return make
 

@@ -59,6 +59,8 @@ def test_usage_errors(capsys):
     assert "did you mean 'tiny'" in refused(capsys, 2, "train", "tinny")
     assert "did you mean 'model.connector'" in refused(capsys, 2, "train", "tiny", "model.conector=mlp")
     assert "did you mean 'dinov2-s14'" in refused(capsys, 2, "fetch", "dinov2-s")
+    assert "unknown table 'tabel3'; did you mean 'table3'" in refused(capsys, 2, "reproduce", "tabel3")
+    assert "unknown scale 'tpu'" in refused(capsys, 2, "reproduce", "table3", "--scale", "tpu")
 
 
 def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
@@ -185,10 +187,11 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path, photo, model_folder, 
         (("train", "tiny"), signal.SIGINT, 130),
         (("train", "tiny"), signal.SIGTERM, 75),
         (("quickstart",), signal.SIGTERM, 75),
+        (("reproduce", "table3"), signal.SIGTERM, 75),
     ],
 )
 def test_only_what_can_go_on_says_so(capsys, monkeypatch, command, stop, expected):
-    monkeypatch.setattr(f"acformer.cli._run_{command[0]}", lambda arguments: os.kill(os.getpid(), stop))
+    monkeypatch.setattr(f"acformer.commands.{command[0]}.run", lambda arguments: os.kill(os.getpid(), stop))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     code, _, err = run(capsys, *command)
@@ -201,7 +204,7 @@ def test_only_what_can_go_on_says_so(capsys, monkeypatch, command, stop, expecte
 
 def test_of_a_workers_error_only_the_message_is_shown(capsys, monkeypatch):
     worker = torch.utils.data.DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")
-    monkeypatch.setattr("acformer.cli._run_connectors", lambda arguments: next(iter(worker)))
+    monkeypatch.setattr("acformer.commands.connectors.run", lambda arguments: next(iter(worker)))
     assert refused(capsys, 3, "connectors") == "acformer: error: a.json: record 3 (image)"
 
 

@@ -148,6 +148,15 @@ def test_a_copy_has_a_tap_of_its_own(family, make_tower, pixels):
     assert torch.equal(encode(encoder, pixels).cls_attention, expected.cls_attention)
 
 
+def test_a_copy_keeps_levels_of_its_own(family, make_tower, pixels):
+    encoder = load_vision_encoder(make_tower(family), levels=[1, 3])
+    expected = encode(encoder, pixels).levels
+    other = copy.deepcopy(encoder)
+    other(pixels[:1])
+    assert torch.equal(encode(encoder, pixels).levels, expected)
+    assert encode(other, pixels[:1]).levels.shape == (1, *expected.shape[1:])
+
+
 def test_a_pass_is_read_once(family, make_tower, pixels):
     tap = ClsAttentionTap(tower := make_tower(family))
     with torch.no_grad():
@@ -159,7 +168,7 @@ def test_a_pass_is_read_once(family, make_tower, pixels):
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model"])
 def test_compiles_into_one_graph(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family))
+    encoder = load_vision_encoder(make_tower(family), levels=[1, 2])
     expected = encode(encoder, pixels)
     torch.compiler.reset()
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
@@ -167,14 +176,16 @@ def test_compiles_into_one_graph(family, make_tower, pixels):
         features = encode(compiled, pixels)
         assert torch.equal(features.tokens, expected.tokens), "the same kernels: no tolerance"
         assert torch.equal(features.cls_attention, expected.cls_attention)
+        assert torch.equal(features.levels, expected.levels)
     torch.compiler.reset()
 
 
 def test_exports(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family))
+    encoder = load_vision_encoder(make_tower(family), levels=[1, 2])
     expected = encode(encoder, pixels)
     exported = torch.export.export(encoder, (pixels,)).module()
     assert torch.equal(encode(exported, pixels).cls_attention, expected.cls_attention)
+    assert torch.equal(encode(exported, pixels).levels, expected.levels)
 
 
 def test_every_family_is_tested():

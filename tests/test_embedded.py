@@ -13,10 +13,12 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from PIL import Image
 
 from acformer import embedded
 from acformer.download import file_sha256
-from acformer.embedded import EMBEDDED, cache_dir, embedded_path, fetch, question_kind, resolve
+from acformer.easy_vqa import question_kind
+from acformer.embedded import EMBEDDED, cache_dir, embedded_path, fetch, resolve
 from acformer.errors import AcFormerError, CheckpointError, DataError, UsageError
 
 QUESTIONS = {
@@ -135,6 +137,22 @@ def test_question_kind(question, kind):
     assert question_kind(question) == kind
 
 
+def test_photographs_become_png_without_loss(cache, monkeypatch):
+    entry = EMBEDDED["photographs"]
+    pictures = {name: Image.new("L", (5, 3), n) for n, name in enumerate(embedded.PHOTOGRAPHS)}
+    wheel = cache / "wheels" / entry.filename
+    with ZipFile(wheel, "w") as archive:
+        for name, picture in pictures.items():
+            with archive.open(f"skimage/data/{name}", "w") as file:
+                picture.save(file, "PNG")
+    monkeypatch.setitem(EMBEDDED, "photographs", replace(entry, sha256=file_sha256(wheel)))
+    folder = fetch(["photographs"])["photographs"]
+    assert len(list(folder.glob("*.png"))) == len(embedded.PHOTOGRAPHS)
+    for name, picture in pictures.items():
+        with Image.open(folder / f"{Path(name).stem}.png") as found:
+            assert (found.mode, found.tobytes()) == ("RGB", picture.convert("RGB").tobytes())
+
+
 def test_a_conversion_that_fails_leaves_nothing_but_the_wheel(cache, monkeypatch):
     def broken(wheel, folder):
         (folder / "half").touch()
@@ -250,7 +268,6 @@ def test_fetching_what_is_there_is_instant():
 @pytest.mark.embedded
 def test_the_encoder_is_a_dinov2_that_sees():
     import torch
-    from PIL import Image
     from transformers import AutoImageProcessor, Dinov2Model
 
     folder = real("dinov2-s14")
@@ -314,9 +331,18 @@ def test_the_blind_score_of_easy_vqa():
 
 @pytest.mark.embedded
 def test_openmoji_draws_in_colour():
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont
 
     font = ImageFont.truetype(real("openmoji") / "glyf_colr0.ttf", 64)
     picture = Image.new("RGB", (80, 80), "white")
     ImageDraw.Draw(picture).text((0, 0), "🍎", font=font, embedded_color=True)
     assert len(picture.getcolors(80 * 80) or []) > 10
+
+
+@pytest.mark.embedded
+def test_the_photographs_are_photographs():
+    pictures = {path.stem: Image.open(path).convert("RGB") for path in real("photographs").glob("*.png")}
+    assert pictures.keys() == {Path(name).stem for name in embedded.PHOTOGRAPHS}
+    for picture in pictures.values():
+        assert min(picture.size) >= 256
+        assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 50, "many greys: no flat placeholder"

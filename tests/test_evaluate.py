@@ -11,15 +11,17 @@ from PIL import Image
 
 from acformer.data.sources import load_samples
 from acformer.errors import DataError, ImageError
+from acformer.evaluate.families import MEASURES, Reply, blind_replies, family_scores
 from acformer.evaluate.generate import answer, ask
-from acformer.evaluate.report import evaluate, evaluation_samples
+from acformer.evaluate.report import evaluate, evaluation_samples, training_questions
 from acformer.evaluate.scorers import (
     accuracy_by_kind,
-    blind_accuracy,
-    blind_answers,
     exact_match,
     interval,
+    most_frequent,
     normalise,
+    normalise_vqa,
+    vqa_score,
 )
 
 
@@ -53,10 +55,106 @@ def test_accuracy_by_kind():
     assert accuracy_by_kind([True, False, True, True], ["b", "b", "a", None]) == {"a": 1.0, "b": 0.5}
 
 
-def test_blind_answers_are_the_most_frequent_ones():
-    table = blind_answers(["x", "x", "x", "y"], ["no", "yes", "no", "red"])
-    assert table == {"": "no", "x": "no", "y": "red"}
-    assert blind_accuracy(table, ["x", "y", "never asked", "x"], ["no", "red", "no", "yes"]) == 0.75
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("The 1,000 red-blue cats!", "1000 red blue cats"),
+        ("two", "2"),
+        ("I don't", "i dont"),
+        ("1.5 km.", "1.5 km"),
+        ("None", "0"),
+        ("a", ""),
+    ],
+)
+def test_vqa_normalisation(said, meant):
+    assert normalise_vqa(said) == meant
+
+
+def test_vqa_score_by_hand():
+    ten = ["stop"] * 3 + ["go"] * 6 + ["a sign"]
+    # Three agree: in 3 of 10 leave-one-outs one of them is left out, which leaves 2 of the 3 that are needed.
+    assert vqa_score("Stop.", ten) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert vqa_score("go", ten) == 1.0
+    assert vqa_score("sign", ten) == pytest.approx(9 / 10 / 3)
+    assert vqa_score("no", ten) == 0.0
+    assert vqa_score("the two", ["2"]) == 1.0
+    assert vqa_score("three", ["2"]) == 0.0
+    assert vqa_score("x", ["x", "y"]) == 0.5
+
+
+def reply(kind, answer, prediction, picture="p", key="0", question="?"):
+    return Reply(key, picture, kind, question, answer, prediction)
+
+
+def test_blind_replies_fall_back_from_question_to_family_to_all():
+    assert most_frequent(["x", "x", "x", "y"], ["no", "yes", "no", "red"]) == {"x": "no", "y": "red"}
+    known = [
+        *[reply("exist-random", answer, "", question="cat?") for answer in ("no", "yes", "no")],
+        *[reply("count-all", "4", "", question="how many?")] * 3,
+        *[reply("count-noun", "1", "", question=f"{n}?") for n in range(9)],
+    ]
+    asked = [
+        reply("count-all", "2", "said", question="how many?"),
+        reply("count-noun", "1", "", question="dogs?"),
+        reply("exist-popular", "yes", "", question="dog?"),
+        reply(None, "red", "", question="what?"),
+    ]
+    assert [blind.prediction for blind in blind_replies(known, asked)] == ["4", "1", "no", "1"]
+    assert [blind.answer for blind in blind_replies(known, asked)] == ["2", "1", "yes", "red"]
+
+
+def test_pope_by_hand():
+    said = [("yes", "yes"), ("yes", "no"), ("yes", "Yes."), ("no", "yes"), ("no", "no"), ("no", "maybe")]
+    measure = MEASURES["exist"]([reply("exist-random", *pair) for pair in said])
+    expected = {"accuracy": 3 / 6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 6}
+    assert measure.details["random"] == pytest.approx(expected)
+    both = [reply("exist-random", *pair) for pair in said] + [reply("exist-popular", "yes", "yes")]
+    measure = MEASURES["exist"](both)
+    assert measure.score(measure.rows.sum(axis=0)) == pytest.approx((2 / 3 + 1) / 2)
+    assert measure.details["mean"]["accuracy"] == pytest.approx((1 / 2 + 1) / 2)
+    never = MEASURES["exist"]([reply("exist-random", "no", "no")])
+    assert never.details["random"]["f1"] == 0.0  # nothing is or was said to be there
+
+
+def test_a_circle_is_right_in_all_orders_or_not_at_all():
+    circle = [reply("choose", letter, letter, key=f"1/{n}") for n, letter in enumerate("ABCD")]
+    broken = [reply("choose", letter, "A", key=f"2/{n}") for n, letter in enumerate("ABCD")]
+    measure = MEASURES["choose"](circle + broken)
+    assert measure.score(measure.rows.sum(axis=0)) == pytest.approx(0.5)
+    assert measure.details["accuracy"] == 5 / 8
+
+
+def test_families_and_their_average():
+    replies = [
+        reply("relate-side", "left", "left", picture="a"),
+        reply("relate-object", "cat", "dog", picture="b"),
+        reply("read", "two", "2", picture="a"),
+        reply("other", "x", "x", picture="c"),
+    ]
+    blind = blind_replies(replies, replies)
+    scores = family_scores(replies, blind)
+    families = scores["families"]
+    assert list(families) == ["relate", "read"]
+    assert (families["relate"]["score"], families["relate"]["questions"]) == (0.5, 2)
+    assert families["relate"]["interval"] == [0.0, 1.0]
+    assert (families["read"]["score"], families["read"]["exact_match"]) == (1.0, 0.0)
+    assert scores["average"]["score"] == 0.75
+    assert scores["average"]["blind"] == 0.25  # "left", the first of four equally frequent answers
+    assert family_scores([reply("exists-color", "yes", "yes")], [reply("exists-color", "yes", "no")]) == {}
+
+
+@given(st.lists(st.tuples(st.sampled_from([*MEASURES]), st.booleans(), st.integers(0, 4)), min_size=1, max_size=40))
+def test_perfect_answers_score_one_and_wrong_ones_zero(asked):
+    for wrong, score in (("", 1.0), ("not ", 0.0)):
+        replies = [
+            reply(family, "yes" if yes else "no", wrong + ("yes" if yes else "no"), picture=str(picture), key=f"{n}/0")
+            for n, (family, yes, picture) in enumerate(asked)
+        ]
+        scores = family_scores(replies, replies)
+        positive = {family for family, yes, _ in asked if family != "exist" or yes}  # F1 is of what is there
+        for family, found in scores["families"].items():
+            assert found["score"] == pytest.approx(score if family in positive else 0.0)
+            assert 0 <= found["interval"][0] <= found["interval"][1] <= 1 + 1e-12
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=1, max_size=60))
@@ -127,6 +225,26 @@ def test_evaluate_writes_what_it_says(parts, data, tmp_path, monkeypatch):
     assert (scores["num_image_tokens"], scores["num_vision_tokens"]) == (5, 17)
     assert json.loads((tmp_path / "out/scores.json").read_text()) == scores
     assert len({line["prediction"] for line in lines}) > 1
+    assert "families" not in scores, "even and odd are no families"
+
+
+def test_evaluate_scores_scenes_by_family(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("acformer.evaluate.report.BLIND_SCENES", 50)
+    monkeypatch.setattr("acformer.scenes.dataset.draw_scene", lambda scene: tiny.picture(len(scene.objects)))
+    scores = evaluate(parts, "openmoji-scenes-small", tmp_path / "out", limit=40, max_new_tokens=2, progress=False)
+    families = scores["families"]
+    assert set(families) <= set(MEASURES)
+    assert sum(family["questions"] for family in families.values()) == scores["num_questions"] == 40
+    blind = [family["blind"] for family in families.values()]
+    assert scores["average"]["blind"] == pytest.approx(sum(blind) / len(blind))
+    assert 0 < scores["average"]["blind"] < 1
+    assert json.loads((tmp_path / "out/scores.json").read_text()) == scores
+    first = json.loads((tmp_path / "out/predictions.jsonl").read_text().splitlines()[0])
+    assert first["id"].startswith("openmoji-scenes-small:test-0-0")
+    assert {known.id.partition(":")[2].split("-")[1] for known in training_questions("openmoji-scenes-small")} == {
+        str(number) for number in range(50)
+    }
 
 
 def test_ask_and_stream(parts, data, capsys):

@@ -12,12 +12,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from acformer.connectors.queries import LearnedQueries
+from acformer.connectors import build_connector
 from acformer.errors import CheckpointError, UsageError
-from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerModel, AcFormerProcessor
 
 ONE = "USER: <image>\nWhat? ASSISTANT:"
 TWO = "USER: <image> and <image>\nWhich is it? ASSISTANT:"
@@ -288,14 +287,15 @@ def test_compiles_into_one_graph(model, batch):
 def test_every_encoder_with_every_connector(vision, connector, tmp_path):
     model = tiny.model(connector, vision=vision)
     config, tokens = model.config, model.config.num_image_tokens
-    expected = {"mlp": 16, "perceiver": 5, "acformer": 4 if vision == "siglip_vision_model" else 5}
-    assert tokens == expected[connector]
+    rows, columns = model.model.connector.input_grid
     inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=tokens)
     features = model.get_vision_features(inputs["pixel_values"])
     assert features.tokens.shape == (1, config.num_vision_tokens, config.vision_config.hidden_size)
-    assert features.cls_attention.shape == (1, 4, 16)
+    assert features.cls_attention.shape == (1, 4, rows * columns)
     again = AcFormerForConditionalGeneration.from_pretrained(save(model, tmp_path))
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    # Measured 0, but for `c_abstractor`: a convolution sums in an order that depends on how its weight lies in memory
+    # (2.2e-6 of logits up to 2.5).
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=2e-5)
     assert torch.equal(greedy(again, inputs, 4), greedy(model, inputs, 4))
 
 
@@ -314,6 +314,60 @@ def test_images_larger_than_the_encoder_was_trained_on(vision):
     inputs = tiny.processor(36, image_size=24)([tiny.picture()], ONE, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 24, 24)
     assert model(**inputs).image_hidden_states.shape[0] == 36
+
+
+# What a connector asks of the encoder
+
+
+def test_downsample_encodes_a_smaller_image():
+    model = tiny.model("downsample", connector_kwargs={"num_tokens": 8})
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=8)
+    assert model.config.num_vision_tokens == 9
+    small = F.interpolate(inputs["pixel_values"], (8, 16), mode="bicubic", antialias=True)
+    tower = model.model.vision_tower
+    expected = tower(small, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[1]
+    features = model.get_vision_features(inputs["pixel_values"])
+    assert features.grid == (2, 4)
+    assert torch.equal(features.tokens, expected)
+    visual = model(**inputs).image_hidden_states
+    assert torch.equal(visual, model.model.connector.projector(expected[:, 1:])[0])
+    stored = {"tokens": features.tokens, "cls_attention": features.cls_attention}
+    del inputs["pixel_values"]
+    assert torch.equal(model(**inputs, vision_features=stored).image_hidden_states, visual)
+
+
+def test_downsample_refuses_features_of_the_whole_image():
+    model = tiny.model("downsample")
+    tokens = tiny.model().get_vision_features(tiny.inputs(ONE, [tiny.picture()])["pixel_values"])
+    with pytest.raises(UsageError, match=r"reads an image of 2 x 2 patches, not one of 4 x 4"):
+        model.model.connector(tokens)
+    with pytest.raises(UsageError, match=r"5 tokens cannot be laid out .*nearest: 4 and 6"):
+        tiny.model("downsample", connector_kwargs={"num_tokens": 5})
+
+
+@pytest.mark.parametrize("connector", tiny.CONNECTORS)
+def test_a_blank_image_is_what_the_encoder_makes(connector):
+    model = tiny.model(connector)
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=model.config.num_image_tokens)
+    made, blank = model.get_vision_features(inputs["pixel_values"]), model.model.connector.blank()
+    assert (made.grid, made.num_prefix_tokens) == (blank.grid, blank.num_prefix_tokens)
+    assert made.tokens.shape == blank.tokens.shape
+    assert (made.levels is None) == (blank.levels is None)
+    assert made.levels is None or made.levels.shape == blank.levels.shape
+    rest = model.model.connector.at_rest()
+    assert rest == 0
+    rest.backward()
+    assert all(weight.grad is not None for weight in model.model.connector.parameters())
+
+
+def test_levels_above_the_feature_layer_are_told_when_the_model_is_built():
+    with pytest.raises(UsageError, match=r"level 2 is block 2 of the encoder, which ends at block 1"):
+        tiny.model("token_packer", connector_kwargs={**tiny.CONNECTORS["token_packer"], "levels": [2]})
+
+
+def test_the_bare_model_leaves_the_head_out(folder, batch, model):
+    bare = AcFormerModel.from_pretrained(folder)
+    assert torch.equal(model.lm_head(bare(**batch).last_hidden_state), model(**batch).logits)
 
 
 # Checkpoints
@@ -387,14 +441,14 @@ def test_new_weights_are_initialised(connector):
     model = AcFormerForConditionalGeneration.from_pretrained(
         None, config=tiny.config(connector), state_dict={}, strict=False
     )
-    for name, module in model.model.connector.named_modules():
-        if isinstance(module, nn.Linear):
-            for weight in module.parameters():  # uniform in +-1 / sqrt(inputs), as PyTorch's own
-                assert weight.std().item() == pytest.approx((3 * module.in_features) ** -0.5, rel=0.2), name
-        if isinstance(module, nn.LayerNorm):
-            assert bool((module.weight == 1).all() and (module.bias == 0).all()), name
-        if isinstance(module, LearnedQueries):
-            assert module.latents.std().item() == pytest.approx(1, rel=0.2)
+    torch.manual_seed(1)
+    built = build_connector(connector, model.config.geometry, **model.config.connector_kwargs).state_dict()
+    assert model.model.connector.state_dict().keys() == built.keys()
+    for name, value in model.model.connector.state_dict().items():
+        if len(built[name].unique()) == 1:
+            assert torch.equal(value, built[name]), name
+        elif value.numel() >= 256:  # of so many samples, standard deviations of two draws differ by 6 % at 1 sigma
+            assert value.std().item() == pytest.approx(built[name].std().item(), rel=0.25), name
 
 
 def test_auto_classes(folder, batch, model):

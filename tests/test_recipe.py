@@ -11,7 +11,14 @@ from acformer.train import training_arguments
 
 
 def test_what_ships():
-    assert list_recipes() == ["llava15-7b-acformer145", "llava15-7b-mlp577", "smol", "tiny"]
+    assert list_recipes() == [
+        "llava15-7b-acformer145",
+        "llava15-7b-mlp577",
+        "scenes-cpu",
+        "scenes-gpu",
+        "smol",
+        "tiny",
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

@@ -6,9 +6,12 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from acformer.data import sources
-from acformer.data.sources import Sample, SkipLog, load_samples, read_samples
+from acformer.data.samples import Sample
+from acformer.data.skip_log import SkipLog
+from acformer.data.sources import load_samples, read_samples
 from acformer.errors import DataError, UsageError
 
 
@@ -229,6 +232,15 @@ def test_easy_vqa_names(folder, monkeypatch):
     ]
     with pytest.raises(UsageError, match="did you mean 'train'"):
         load_samples("easy-vqa:trian")
+
+
+def test_drawn_scenes_go_through_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
+    monkeypatch.setattr("acformer.scenes.dataset.draw_scene", lambda scene: Image.new("RGB", (4, 4)))
+    log = SkipLog()
+    samples = load_samples("openmoji-scenes-small", limit=3, skipped=log)
+    assert (log.offered, log.used, log.skipped) == (3, 3, 0)
+    assert all(":train-0-" in sample.id and sample.images[0].is_file() for sample in samples)
 
 
 def test_a_limit_counts_only_what_was_looked_at(folder):

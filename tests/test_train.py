@@ -14,7 +14,8 @@ from transformers import CLIPVisionModel
 from acformer.checkpoints import damage, load_model
 from acformer.errors import CheckpointError, DataError, DivergedError, UsageError
 from acformer.recipe import Recipe, load_recipe
-from acformer.train import AcFormerTrainer, freeze, module_parameters, train
+from acformer.train import train
+from acformer.trainer import AcFormerTrainer, freeze, module_parameters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*pin_memory.*:UserWarning", "ignore:`gradient_checkpointing` is deprecated:FutureWarning"

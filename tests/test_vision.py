@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, SiglipCon
 
 from acformer.cls_attention import ENCODERS
 from acformer.errors import CheckpointError, UsageError
-from acformer.vision import VisionFeatures, load_vision_encoder
+from acformer.vision import VisionFeatures, load_vision_encoder, resized
 
 PREFIX = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 5, "siglip_vision_model": 0}
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
@@ -46,6 +46,47 @@ def test_blocks_after_the_feature_layer_are_gone(family, feature_layer, kept, ma
     encode(encoder, pixels)
     assert len(blocks) == kept
     assert ran == list(range(kept))
+
+
+@pytest.mark.parametrize(("levels", "feature_layer"), [([1, 2, 3], -2), ([3, 1], 3), ([-2, -4, -2], -1), ([4], 4)])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_levels_are_the_hidden_states(family, kernel, levels, feature_layer, make_tower, pixels):
+    encoder = load_vision_encoder(make_tower(family, attn_implementation=kernel), feature_layer, levels=levels)
+    with torch.no_grad():
+        untouched = make_tower(family, attn_implementation=kernel)(pixels, output_hidden_states=True).hidden_states
+    for _ in range(2):
+        features = encode(encoder, pixels)
+        expected = torch.stack([untouched[level] for level in levels], dim=1)
+        assert torch.equal(features.levels, expected), "the same operations on the same weights: no tolerance"
+        assert torch.equal(features.tokens, untouched[feature_layer])
+
+
+def test_no_level_is_kept_unasked(family, make_tower, pixels):
+    features = encode(load_vision_encoder(make_tower(family)), pixels)
+    assert features.levels is None
+    assert set(features.arrays) == {"tokens", "cls_attention"}
+
+
+@pytest.mark.parametrize(
+    ("level", "message"), [(-1, "level -1 is block 4 .*ends at block 3"), (4, "level 4 is block 4")]
+)
+def test_levels_above_the_feature_layer(family, level, message, make_tower):
+    with pytest.raises(UsageError, match=message):
+        load_vision_encoder(make_tower(family), -2, levels=[1, level])
+    with pytest.raises(UsageError, match=r"level 0 is outside the encoder of 4 blocks"):
+        load_vision_encoder(make_tower(family), -2, levels=[0])
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 4), (1, 4)])
+def test_resized_pixels_make_the_grid(family, grid, make_tower, pixels):
+    tower = make_tower(family)
+    small = resized(pixels, tower.config, grid)
+    assert small.shape == (2, 3, 7 * grid[0], 7 * grid[1])
+    assert encode(load_vision_encoder(tower), small).grid == grid
+    assert resized(pixels.bfloat16(), tower.config, grid).dtype == torch.bfloat16
+    even = torch.full_like(pixels, 0.25)
+    # Measured 6e-8: the filter's weights sum to 1 up to rounding.
+    torch.testing.assert_close(resized(even, tower.config, grid), even[..., : 7 * grid[0], : 7 * grid[1]])
 
 
 def test_frozen(family, make_tower):

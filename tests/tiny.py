@@ -21,7 +21,20 @@ IMAGE_SIZE = 16
 CONNECTORS: dict[str, dict[str, Any]] = {
     "acformer": {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
     "perceiver": {"num_queries": 5, "depth": 1, "num_heads": 2, "head_dim": 8},
+    "downsample": {"num_tokens": 4},
     "mlp": {},
+    "linear": {},
+    "pooling": {"num_tokens": 4},
+    "pooling_pr": {"num_tokens": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
+    "random_pr": {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
+    "top_p": {"num_anchors": 4},
+    "e_vit": {"num_anchors": 4},
+    "pixel_shuffle": {"kernel": [2, 4]},
+    "c_abstractor": {"num_tokens": 4, "depth": 1},
+    "d_abstractor": {"num_tokens": 4, "depth": 1, "num_heads": 2, "num_points": 2},
+    "ldp_v2": {"num_tokens": 4},
+    "q_former": {"num_queries": 4, "depth": 2, "num_heads": 2, "hidden_size": 16},
+    "token_packer": {"scale": 2, "levels": [1], "num_heads": 2},
 }
 ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
 

@@ -29,6 +29,8 @@ from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.recipe import ModelSpec
 from acformer.vision import load_tower, loading, truncate
 
+NEW_MODULES = ("model.connector.", "model.fusion.")
+
 
 def build_model(
     spec: ModelSpec, texts: Iterable[str] = ()
@@ -54,6 +56,8 @@ def build_model(
         text_config=language_model.config,
         connector=spec.connector,
         connector_kwargs=spec.connector_kwargs,
+        fusion=spec.fusion,
+        fusion_kwargs=spec.fusion_kwargs,
         feature_layer=spec.feature_layer,
         image_size=spec.image_size,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
@@ -62,14 +66,16 @@ def build_model(
     model = assemble(config, truncate(tower, spec.feature_layer), language_model)
     image_processor = square_image_processor(resolve(spec.vision), config.image_size)
     template = resolve_template(spec.template, tokenizer)
-    processor = AcFormerProcessor(image_processor, tokenizer, template, num_image_tokens=config.num_image_tokens)
+    processor = AcFormerProcessor(
+        image_processor, tokenizer, template, num_image_tokens=config.num_image_tokens, fusion=config.fusion
+    )
     return model, processor
 
 
 def assemble(
     config: AcFormerConfig, tower: PreTrainedModel, language_model: PreTrainedModel
 ) -> AcFormerForConditionalGeneration:
-    """The parts' weights in one model; the connector's alone are new."""
+    """The parts' weights in one model; the connector's and the fusion's alone are new."""
     weights = {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
     for name, value in language_model.state_dict().items():
         is_body = name.startswith("model.")
@@ -77,7 +83,7 @@ def assemble(
     model, report = AcFormerForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=config.dtype, strict=False, output_loading_info=True
     )
-    wrong = {key for key in report["missing_keys"] if not key.startswith("model.connector.")}
+    wrong = {key for key in report["missing_keys"] if not key.startswith(NEW_MODULES)}
     wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
     if wrong:
         raise CheckpointError(f"the parts do not fit together: {len(wrong)} weights, first {min(wrong)}")

@@ -12,7 +12,9 @@ Encoders are described by one line in `ENCODERS`; to support another one, add it
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -71,9 +73,12 @@ class ClsAttentionTap:
     Wired into the tower once; `read()` after a forward pass gives (tokens (B, P+N, D), row (B, H, N)) and forgets
     them. The row is the softmax over all P+N keys with the P prefix columns dropped, in float32 at least. One
     pass at a time per tower: two threads that share one would read each other's images.
+
+    blocks: places of the K blocks whose outputs `read()` adds as (B, K, P+N, D), in this order; by default none is
+    kept but the last.
     """
 
-    def __init__(self, tower: PreTrainedModel):
+    def __init__(self, tower: PreTrainedModel, blocks: Sequence[int] = ()):
         if "cls_attention_tap" in vars(tower):
             raise UsageError("this vision model already belongs to an encoder; load another copy for a second one")
         vars(tower)["cls_attention_tap"] = self
@@ -82,20 +87,25 @@ class ClsAttentionTap:
         self.num_prefix_tokens = num_prefix_tokens(tower.config)
         self.tokens: Tensor | None = None
         self.row: Tensor | None = None
-        last = tower.get_submodule(family.blocks)[-1]
+        self.levels: list[Tensor | None] = [None] * len(blocks)
+        tower_blocks = tower.get_submodule(family.blocks)
+        last = tower_blocks[-1]
         last.register_forward_hook(self._keep_tokens)
+        for place, block in enumerate(blocks):
+            tower_blocks[block].register_forward_hook(partial(self._keep_level, place))
         if family.probe is None:
             self._record_attention(_attention_module(last, family.attention))
         elif tower.config.to_dict().get("vision_use_head", True):
             tower.get_submodule(family.probe).register_forward_hook(self._keep_probe)
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """What the last forward pass left: tokens and row (None for a SigLIP without its pooling head)."""
-        tokens, row = self.tokens, self.row
+    def read(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the last pass left: tokens, row (None for a SigLIP without its pooling head), levels if asked for."""
+        tokens, row, levels = self.tokens, self.row, [level for level in self.levels if level is not None]
         self.tokens = self.row = None
+        self.levels = [None] * len(self.levels)
         if tokens is None:
             raise RuntimeError("the vision tower has not run since the last read")
-        return tokens, row
+        return tokens, row, torch.stack(levels, dim=1) if levels else None
 
     def _record_attention(self, attention: Any) -> None:
         self.eager = import_module(type(attention).__module__).eager_attention_forward
@@ -106,6 +116,9 @@ class ClsAttentionTap:
 
     def _keep_tokens(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.tokens = output[0] if isinstance(output, tuple) else output
+
+    def _keep_level(self, place: int, module: nn.Module, args: tuple, output: Any) -> None:
+        self.levels[place] = output[0] if isinstance(output, tuple) else output
 
     def _keep_probe(self, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
         """The row from the head's query and key: the weights it returns are rounded to the tower's dtype."""

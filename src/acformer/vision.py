@@ -4,11 +4,12 @@ An encoder is an ordinary Hugging Face vision model, frozen, cut after its featu
 do not run and are not stored.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -33,12 +34,21 @@ class VisionFeatures(NamedTuple):
     cls_attention: (B, H, N) attention A of [CLS] to the patches in the same block; None where the encoder has none.
     grid: (h, w) patches, h * w = N.
     num_prefix_tokens: P, 0 for SigLIP.
+    levels: (B, K, P+N, D) outputs of the K blocks that a multi-level connector reads (`Connector.levels`, in its
+        order); None where it reads the feature layer alone.
     """
 
     tokens: Float[Tensor, "B L D"]
     cls_attention: Float[Tensor, "B H N"] | None
     grid: tuple[int, int]
     num_prefix_tokens: int
+    levels: Float[Tensor, "B K L D"] | None = None
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        """The tensors by name, those that are there: what a cache keeps of a batch, a row an image."""
+        found = {"tokens": self.tokens, "cls_attention": self.cls_attention, "levels": self.levels}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def patches(self) -> Float[Tensor, "B N D"]:
@@ -49,10 +59,11 @@ class VisionFeatures(NamedTuple):
 class VisionEncoder(nn.Module):
     """A frozen Hugging Face vision model that gives `VisionFeatures`; made by `load_vision_encoder`."""
 
-    def __init__(self, tower: PreTrainedModel, feature_layer: int = -2):
+    def __init__(self, tower: PreTrainedModel, feature_layer: int = -2, levels: Sequence[int] = ()):
         super().__init__()
+        blocks = level_blocks(tower.config, levels, feature_layer)
         self.tower = truncate(tower, feature_layer).eval().requires_grad_(False)
-        self.tap = ClsAttentionTap(self.tower)
+        self.tap = ClsAttentionTap(self.tower, blocks)
 
     def forward(self, pixel_values: Float[Tensor, "B C Y X"]) -> VisionFeatures:
         """(B, 3, Y, X) pixels as the model's image processor makes them -> features of (Y // p, X // p) patches."""
@@ -61,7 +72,11 @@ class VisionEncoder(nn.Module):
 
 
 def load_vision_encoder(
-    model: str | PreTrainedModel, feature_layer: int = -2, *, dtype: torch.dtype = torch.float32
+    model: str | PreTrainedModel,
+    feature_layer: int = -2,
+    *,
+    levels: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> VisionEncoder:
     """Load and freeze an image encoder (CLIP, DINOv2 with or without registers, SigLIP), cut at the feature layer.
 
@@ -69,28 +84,40 @@ def load_vision_encoder(
         model: a hub name, a local folder, `embedded:dinov2-s14` (see `acformer fetch`), or a Hugging Face vision
             model, which is cut in place.
         feature_layer: index into `hidden_states`; -2, the paper's choice, is the output of the last block but one.
+        levels: further indices, at or below the feature layer, kept in `VisionFeatures.levels` in this order.
         dtype: of the weights, when they are loaded here.
 
     What stands in for the [CLS] attention: CLIP and DINOv2 have it. SigLIP has no [CLS]: its row is the attention
     of the pooling head's probe to the feature layer's tokens, and it has no prefix tokens.
 
     Raises:
-        UsageError: an encoder type that is not known, a feature layer outside the model.
+        UsageError: an encoder type that is not known, a feature layer outside the model, a level above it.
         CheckpointError: no model under that name, or weights that do not match the architecture.
     """
     tower = load_tower(resolve(model), dtype) if isinstance(model, str) else model
-    return VisionEncoder(tower, feature_layer)
+    return VisionEncoder(tower, feature_layer, levels)
 
 
-def num_blocks(config: PreTrainedConfig, feature_layer: int) -> int:
-    """Blocks to run so that the last one's output is `hidden_states[feature_layer]`."""
+def num_blocks(config: PreTrainedConfig, layer: int, name: str = "feature_layer") -> int:
+    """Blocks to run so that the last one's output is `hidden_states[layer]`; `name` is what an error calls it."""
     total = config.num_hidden_layers
-    blocks = feature_layer if feature_layer >= 0 else total + 1 + feature_layer
+    blocks = layer if layer >= 0 else total + 1 + layer
     if not 1 <= blocks <= total:
-        raise UsageError(
-            f"feature_layer {feature_layer} is outside the encoder of {total} blocks: take {-total}..-1 or 1..{total}"
-        )
+        raise UsageError(f"{name} {layer} is outside the encoder of {total} blocks: take {-total}..-1 or 1..{total}")
     return blocks
+
+
+def level_blocks(config: PreTrainedConfig, levels: Sequence[int], feature_layer: int) -> list[int]:
+    """Place of the block whose output each of the levels is; `UsageError` for one above the feature layer."""
+    last = num_blocks(config, feature_layer)
+    blocks = [num_blocks(config, level, "level") for level in levels]
+    for level, block in zip(levels, blocks, strict=True):
+        if block > last:
+            raise UsageError(
+                f"level {level} is block {block} of the encoder, which ends at block {last} (feature_layer "
+                f"{feature_layer}): take lower levels or a higher feature_layer"
+            )
+    return [block - 1 for block in blocks]
 
 
 def truncate(tower: PreTrainedModel, feature_layer: int) -> PreTrainedModel:
@@ -113,8 +140,16 @@ def patch_grid(config: PreTrainedConfig, height: int, width: int) -> tuple[int, 
 
 def features_from_tap(tap: ClsAttentionTap, config: PreTrainedConfig, pixel_values: Tensor) -> VisionFeatures:
     """Gather what the tower's forward pass over `pixel_values` has left in its tap."""
-    tokens, row = tap.read()
-    return VisionFeatures(tokens, row, patch_grid(config, *pixel_values.shape[-2:]), num_prefix_tokens(config))
+    tokens, row, levels = tap.read()
+    grid = patch_grid(config, *pixel_values.shape[-2:])
+    return VisionFeatures(tokens, row, grid, num_prefix_tokens(config), levels)
+
+
+def resized(pixel_values: Tensor, config: PreTrainedConfig, grid: tuple[int, int]) -> Tensor:
+    """The images as (B, 3, h p, w p) for h x w patches of p pixels: bicubic, with antialiasing, in float32."""
+    size = [side * config.patch_size for side in grid]
+    small = F.interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
+    return small.to(pixel_values.dtype)
 
 
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:

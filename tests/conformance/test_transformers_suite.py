@@ -77,7 +77,7 @@ class TestModelWithClip(modeling.ModelTesterMixin, unittest.TestCase):
         for table, name in TABLES.items():
             self.enterContext(patch.dict(getattr(modeling_auto, table), acformer=name))
         if self._testMethodName in LENIENT:
-            self.enterContext(patch("acformer.hf.modeling_acformer._refuse_wrong_keys"))
+            self.enterContext(patch("acformer.hf.pretrained_acformer._refuse_wrong_keys"))
 
     @pytest.mark.skip(reason="the tapped block's private config names our attention function; see test_modeling.py")
     def test_attn_implementation_composite_models(self) -> None: ...

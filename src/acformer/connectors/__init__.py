@@ -2,19 +2,46 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Any, get_args
 
 from acformer.connectors.acformer import AcFormerConnector
 from acformer.connectors.base import Connector, Geometry
+from acformer.connectors.c_abstractor import CAbstractorConnector
+from acformer.connectors.d_abstractor import DAbstractorConnector
+from acformer.connectors.downsample import DownsampleConnector
+from acformer.connectors.e_vit import EViTConnector
+from acformer.connectors.ldp_v2 import LDPv2Connector
+from acformer.connectors.linear import LinearConnector
 from acformer.connectors.mlp import MLPConnector
 from acformer.connectors.perceiver import PerceiverConnector
+from acformer.connectors.pixel_shuffle import PixelShuffleConnector
+from acformer.connectors.pooling import PoolingConnector
+from acformer.connectors.pooling_pr import PoolingPRConnector
+from acformer.connectors.q_former import QFormerConnector
+from acformer.connectors.random_pr import RandomPRConnector
+from acformer.connectors.token_packer import TokenPackerConnector
+from acformer.connectors.top_p import TopPConnector
 from acformer.errors import UsageError, unknown_name
 
 CONNECTORS: dict[str, type[Connector]] = {
     "acformer": AcFormerConnector,
+    "c_abstractor": CAbstractorConnector,
+    "d_abstractor": DAbstractorConnector,
+    "downsample": DownsampleConnector,
+    "e_vit": EViTConnector,
+    "ldp_v2": LDPv2Connector,
+    "linear": LinearConnector,
     "mlp": MLPConnector,
     "perceiver": PerceiverConnector,
+    "pixel_shuffle": PixelShuffleConnector,
+    "pooling": PoolingConnector,
+    "pooling_pr": PoolingPRConnector,
+    "q_former": QFormerConnector,
+    "random_pr": RandomPRConnector,
+    "token_packer": TokenPackerConnector,
+    "top_p": TopPConnector,
 }
 
 
@@ -52,6 +79,19 @@ def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:
     return CONNECTORS[name](geometry, **kwargs)
 
 
+def budget_options(name: str, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
+    """Options with which a connector gives `num_tokens` tokens, or the nearest number it can on this geometry.
+
+    Empty where it always gives all patches. What it really gives is the built connector's `num_tokens`.
+    `UsageError` for a name that is not known or less than one token.
+    """
+    if name not in CONNECTORS:
+        raise unknown_name("connector", name, CONNECTORS)
+    if num_tokens < 1:
+        raise UsageError(f"an image must cost at least 1 visual token, got num_tokens={num_tokens}")
+    return CONNECTORS[name].for_budget(geometry, num_tokens)
+
+
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     if name not in CONNECTORS:
         raise unknown_name("connector", name, CONNECTORS)
@@ -62,15 +102,18 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 def _check(name: str, option: inspect.Parameter, value: Any) -> None:
     """`UsageError` unless the value is of the annotated type and in range; other types are the connector's to check."""
     kinds = get_args(option.annotation) if isinstance(option.annotation, UnionType) else (option.annotation,)
-    if not {*kinds} <= {bool, int, float, str, NoneType}:
+    if not {*kinds} <= {bool, int, float, str, NoneType, Sequence[int]}:
         return
     fits = type(value) in kinds or (type(value) is int and float in kinds)
+    if Sequence[int] in kinds and isinstance(value, list | tuple):
+        fits = all(type(item) is int for item in value)
     if fits and type(value) in (int, float):
         lowest = option.default if type(option.default) in (int, float) and option.default <= 0 else None
         fits = value < math.inf and (value > 0 if lowest is None else value >= lowest)
     if not fits:
         positive = "positive " if {int, float} & {*kinds} else ""
-        wanted = " or ".join("nothing" if kind is NoneType else kind.__name__ for kind in kinds)
+        names = {NoneType: "nothing", Sequence[int]: "list of ints"}
+        wanted = " or ".join(names.get(kind) or kind.__name__ for kind in kinds)
         raise UsageError(f"option {option.name} of connector {name!r} must be a {positive}{wanted}, got {value!r}")
 
 
@@ -78,6 +121,7 @@ __all__ = [
     "CONNECTORS",
     "Connector",
     "Geometry",
+    "budget_options",
     "build_connector",
     "connector_options",
     "list_connectors",

@@ -1,7 +1,7 @@
 """What every connector is: `VisionFeatures` in, T visual tokens of the language model's width out."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,29 +32,46 @@ class Connector(nn.Module, ABC):
 
     A subclass takes `(geometry, *, its own keyword arguments)`, tells its `num_tokens` and implements `aggregate`.
     `elastic` says that its weights do not depend on the number of tokens, so a caller may ask for another one.
+    `levels`: indices into the encoder's `hidden_states` of what it reads beside the feature layer (`VisionFeatures.
+    levels`), none of them above that layer.
     """
 
     elastic = False
+    levels: tuple[int, ...] = ()
 
     def __init__(self, geometry: Geometry):
         super().__init__()
         self.geometry = geometry
+
+    @classmethod
+    def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
+        """Options that make it give `num_tokens`, or the nearest it can; none where it has no choice."""
+        return {}
 
     @property
     @abstractmethod
     def num_tokens(self) -> int:
         """T, the visual tokens an image costs: the one place where this number is known."""
 
+    @property
+    def input_grid(self) -> tuple[int, int]:
+        """(h, w) patches that the encoder is to make; another than the geometry's: the model resizes the image."""
+        return self.geometry.grid
+
     @abstractmethod
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """The connector's idea: features -> (B, num_tokens, E)."""
 
+    def blank(self) -> VisionFeatures:
+        """Features of one image in the shapes that this connector reads, all zeros."""
+        sizes, like, (h, w) = self.geometry, next(self.parameters()), self.input_grid
+        tokens = like.new_zeros(1, sizes.num_prefix_tokens + h * w, sizes.vision_hidden_size)
+        levels = tokens.unsqueeze(1).repeat(1, len(self.levels), 1, 1) if self.levels else None
+        return VisionFeatures(tokens, like.new_zeros(1, 1, h * w), (h, w), sizes.num_prefix_tokens, levels)
+
     def at_rest(self) -> Float[Tensor, ""]:
         """0, as a function of every weight: a step without pictures stays differentiable, and in step on all ranks."""
-        sizes, like = self.geometry, next(self.parameters())
-        tokens = like.new_zeros(1, sizes.num_prefix_tokens + sizes.num_patches, sizes.vision_hidden_size)
-        row = like.new_zeros(1, 1, sizes.num_patches)
-        return 0 * self(VisionFeatures(tokens, row, sizes.grid, sizes.num_prefix_tokens)).sum()
+        return 0 * self(self.blank()).sum()
 
     def forward(self, features: VisionFeatures, num_tokens: int | None = None) -> Float[Tensor, "B T E"]:
         """features -> (B, T, E); `num_tokens` overrides T where the connector is elastic, else `UsageError`."""

@@ -5,7 +5,7 @@ self-attention among the queries.
 """
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -22,11 +22,16 @@ class CrossAttention(nn.Module):
         self.kv_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.o_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, queries: Float[Tensor, "B T D"], features: Float[Tensor, "B L D"]) -> Float[Tensor, "B T D"]:
-        """(B, T, D), (B, L, D) -> (B, T, D)."""
+    def forward(
+        self,
+        queries: Float[Tensor, "B T D"],
+        features: Float[Tensor, "B L D"],
+        mask: Bool[Tensor, "B 1 T L"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all."""
         query = self._heads(self.q_proj(self.norm_queries(queries)))
         key, value = self.kv_proj(self.norm_features(features)).chunk(2, dim=-1)
-        mixed = F.scaled_dot_product_attention(query, self._heads(key), self._heads(value))
+        mixed = F.scaled_dot_product_attention(query, self._heads(key), self._heads(value), attn_mask=mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

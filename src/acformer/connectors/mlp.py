@@ -1,7 +1,9 @@
 """`mlp`: LLaVA-1.5's connector. Every patch becomes a visual token; the baseline that costs the most."""
 
+from typing import ClassVar
+
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.blocks import Projector
@@ -14,10 +16,12 @@ class MLPConnector(Connector):
     LLaVA-1.5 drops [CLS] (576 tokens of CLIP-L/14-336, the default here); the paper counts 577 (`include_prefix`).
     """
 
+    projector_type: ClassVar[type[nn.Module]] = Projector
+
     def __init__(self, geometry: Geometry, *, include_prefix: bool = False):
         super().__init__(geometry)
         self.include_prefix = include_prefix
-        self.projector = Projector(geometry.vision_hidden_size, geometry.text_hidden_size)
+        self.projector = self.projector_type(geometry.vision_hidden_size, geometry.text_hidden_size)
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,8 @@ from acformer.connectors.stack import StackConnector
 class PerceiverConnector(StackConnector):
     """`num_queries` learned vectors, the same for every image, read all tokens: T = num_queries."""
 
+    source = LearnedQueries
+
     def __init__(
         self,
         geometry: Geometry,

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from acformer.data.conversation import IGNORE, check_images, encode_conversation
-from acformer.data.sources import Sample, SkipLog
+from acformer.data.samples import Sample
+from acformer.data.skip_log import SkipLog
 from acformer.errors import DataError
 from acformer.images import load_image
 
@@ -63,7 +64,7 @@ def grouped(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 
 def stack_features(paths: Sequence[Path], features: Callable[[Path], Features]) -> dict[str, Tensor]:
-    """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N) if any.
+    """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N), levels (U, K, P+N, D).
 
     image_index (I,) says which of the U pictures each of the I paths is.
     """
@@ -71,6 +72,11 @@ def stack_features(paths: Sequence[Path], features: Callable[[Path], Features]) 
     place = {path: number for number, path in enumerate(found)}
     stacked = {key: torch.stack([one[key] for one in found.values()]) for key in next(iter(found.values()))}
     return {**stacked, "image_index": torch.tensor([place[path] for path in paths])}
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that rows are padded with: the end token's, where the tokenizer has none for padding."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 class BatchError(DataError):
@@ -159,8 +165,7 @@ class Collator:
         self.skip_log.check()
 
     def _text(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pad = padding_id(self.processor.tokenizer)
         rows = [torch.tensor(item["input_ids"]) for item in items]
         labels = [torch.tensor(item["labels"]) for item in items]
         return {

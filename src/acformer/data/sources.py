@@ -11,123 +11,50 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from acformer.data.conversation import IMAGE_TAG, Message, check_images, split_at_images
-from acformer.download import locked
+from acformer.data.conversation import IMAGE_TAG, check_images, split_at_images
+from acformer.data.samples import Sample
+from acformer.data.skip_log import FsPath, SkipLog
 from acformer.embedded import embedded_path
 from acformer.errors import DataError, unknown_name
+from acformer.scenes.levels import LEVELS
 
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 EASY_VQA = ("train", "test", "captions", "train_dialogues")
-FsPath = str | os.PathLike[str]
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation with its pictures (in the order of the image parts) and where it came from.
-
-    `answer` is the record's own `answer`, else the text of the last turn of the assistant; `kind` a label to
-    group scores by; `file` and `record` (from 1; in JSON lines the line) name it in error messages.
-    """
-
-    id: str
-    messages: tuple[Message, ...]
-    images: tuple[Path, ...] = ()
-    answer: str | None = None
-    kind: str | None = None
-    file: str = ""
-    record: int = 0
-
-    @property
-    def prompt(self) -> tuple[Message, ...]:
-        """The messages before the last turn of the assistant: what to ask when `answer` is wanted."""
-        spoken = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
-        return self.messages[: spoken[-1]] if spoken else self.messages
-
-
-class SkipLog:
-    """Counts what was offered and skipped: used + skipped = offered, also when a picture turns out bad late.
-
-    The file at `path` is shared by the copies in loaders' workers and by the processes of a distributed run: a record
-    is written there once and counted by all. `fresh` removes an older file. Without a path, each copy is on its own.
-    """
-
-    def __init__(self, path: FsPath | None = None, *, max_bad_fraction: float = 0.01, fresh: bool = True) -> None:
-        self.path = None if path is None else Path(path)
-        self.max_bad_fraction = max_bad_fraction
-        self.offered = 0
-        self._reasons: dict[tuple[str, int], str] = {}
-        self._inode, self._end = -1, 0  # which file the reasons are from, and how much of it was read
-        if self.path is not None and fresh:
-            self.path.unlink(missing_ok=True)
-
-    @property
-    def skipped(self) -> int:
-        """How many records were skipped."""
-        return len(self._known())
-
-    @property
-    def used(self) -> int:
-        """How many records were not skipped."""
-        return self.offered - self.skipped
-
-    def skip(self, file: str, record: int, reason: str) -> None:
-        """Write down that a record is left out, unless that is known."""
-        if self.path is None:
-            self._reasons.setdefault((file, record), reason)
-            return
-        with locked(self.path):
-            if (file, record) not in self._known():
-                with self.path.open("a", encoding="utf-8") as log:
-                    log.write(json.dumps({"file": file, "record": record, "reason": reason}) + "\n")
-
-    def check(self) -> None:
-        """`DataError` once more than `max_bad_fraction` of the records offered were skipped."""
-        if self.skipped > self.max_bad_fraction * self.offered:
-            (file, record), reason = next(iter(self._reasons.items()))
-            where = "" if self.path is None else f", all in {self.path}"
-            raise DataError(
-                f"{self.skipped} of {self.offered} records are bad, more than {self.max_bad_fraction:.1%}; "
-                f"the first is {file}:{record}: {reason}{where}"
-            )
-
-    def _known(self) -> dict[tuple[str, int], str]:
-        """The reasons of all records skipped so far, whoever wrote them down."""
-        if self.path is not None and self.path.exists():
-            with self.path.open("rb") as log:
-                inode = os.fstat(log.fileno()).st_ino
-                if inode != self._inode:  # the first to be read, or an older one was removed since
-                    self._inode, self._end, self._reasons = inode, 0, {}
-                log.seek(self._end)
-                while (line := log.readline()).endswith(b"\n"):
-                    entry = json.loads(line)
-                    self._reasons[entry["file"], entry["record"]] = entry["reason"]
-                    self._end += len(line)
-        return self._reasons
 
 
 def load_samples(
     name_or_path: FsPath, *, image_root: FsPath | None = None, skipped: SkipLog | None = None, limit: int | None = None
 ) -> list[Sample]:
-    """The samples of a file, or of `easy-vqa` (`:train`, `:test`, `:captions`, `:train_dialogues`).
+    """The samples of a file, of `easy-vqa` (`:train`, `:test`, `:captions`, `:train_dialogues`) or of drawn scenes.
 
+    Scenes: `openmoji-scenes` and `openmoji-scenes-small`, parts as in `acformer.scenes.dataset`.
     Of more than `limit` the first; what follows is not looked at, nor counted. Errors: `DataError` as `read_samples`,
     and when too many records are bad (`SkipLog.check`); `UsageError` for an unknown part of easy-vqa.
     """
     skipped = skipped or SkipLog()
     name, _, part = str(name_or_path).partition(":")
     path = Path(name_or_path)
+    if name in LEVELS:
+        return _scenes(name, part or "train", limit, skipped)
     if name == "easy-vqa":
         if part and part not in EASY_VQA:
             raise unknown_name("part of easy-vqa", part, EASY_VQA)
         path = embedded_path("easy-vqa") / f"{part or 'train'}.jsonl"
     samples = list(islice(read_samples(path, image_root=image_root, skipped=skipped), limit))
     skipped.check()
+    return samples
+
+
+def _scenes(name: str, part: str, limit: int | None, skipped: SkipLog) -> list[Sample]:
+    from acformer.scenes.dataset import scene_samples
+
+    samples = scene_samples(name, part, limit)
+    skipped.offered += len(samples)
     return samples
 
 

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from acformer.data.collate import stack_features
 from acformer.data.conversation import Message, encode_prompt
-from acformer.data.sources import Sample
+from acformer.data.samples import Sample
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.images import load_image
 
@@ -30,7 +30,8 @@ def prompt_inputs(
 
     `images`: the pictures of all prompts in order. `features`: what a frozen encoder made of a path, if known.
     """
-    rows = [encode_prompt(processor, prompt, num_image_tokens=num_image_tokens) for prompt in prompts]
+    placeholders = processor.num_placeholders(num_image_tokens)
+    rows = [encode_prompt(processor, prompt, num_image_tokens=placeholders) for prompt in prompts]
     length = max(len(row) for row in rows)
     pad = processor.tokenizer.pad_token_id
     inputs: dict[str, Any] = {
@@ -81,15 +82,14 @@ def answer(
 def live_features(
     model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, remember: int = 64
 ) -> Features:
-    """path -> what the model's encoder makes of it: tokens (P+N, D), cls_attention (H, N); remembers the last ones."""
+    """path -> what the model's encoder makes of it, as `FeatureCache` gives it; remembers the last ones."""
 
     @lru_cache(maxsize=remember)
     def encode(path: Path) -> dict[str, Tensor | None]:
         pixels = processor.image_processor([load_image(path)], return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             found = model.get_vision_features(pixels.to(model.device))
-        row = found.cls_attention
-        return {"tokens": found.tokens[0], "cls_attention": None if row is None else row[0]}
+        return {name: values[0] for name, values in found.arrays.items()}
 
     return encode
 

@@ -2,22 +2,29 @@
 
 import json
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from acformer.data.sources import Sample, SkipLog, load_samples
+from acformer.data.samples import Sample
+from acformer.data.skip_log import SkipLog
+from acformer.data.sources import load_samples
 from acformer.errors import DataError
-from acformer.evaluate.generate import answer
-from acformer.evaluate.scorers import accuracy_by_kind, blind_accuracy, blind_answers, exact_match, interval
+from acformer.evaluate.families import Reply, blind_replies, family_scores
+from acformer.evaluate.generate import Features, answer
+from acformer.evaluate.scorers import accuracy_by_kind, interval
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.scenes.levels import LEVELS
+
+BLIND_SCENES = 2000  # of the train split: enough for frequencies, and made in seconds
 
 
 def evaluation_samples(data: str, limit: int | None = None) -> list[Sample]:
-    """Records with an answer to compare with; `easy-vqa` means its test questions. No record may be bad."""
-    samples = load_samples("easy-vqa:test" if data == "easy-vqa" else data, skipped=SkipLog(max_bad_fraction=0.0))
-    samples = list(islice(samples, limit))
+    """Records with an answer to compare with; a data set's bare name means its test questions. No record may be bad."""
+    named = f"{data}:test" if data in ("easy-vqa", *LEVELS) else data
+    samples = load_samples(named, skipped=SkipLog(max_bad_fraction=0.0), limit=limit)
     if unanswered := [sample.id for sample in samples if sample.answer is None]:
         raise DataError(f"{data}: {len(unanswered)} records have no answer to compare with, first: {unanswered[0]}")
     return samples
@@ -29,6 +36,7 @@ def evaluate(
     out: Path,
     *,
     limit: int | None = None,
+    features: Features | None = None,
     num_image_tokens: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 16,
@@ -37,7 +45,8 @@ def evaluate(
     """Answer `data`, write `predictions.jsonl` and `scores.json` under `out`, return the scores.
 
     accuracy (exact match), interval (95 %, bootstrap over pictures), accuracy_by_kind, num_questions, num_images,
-    blind_accuracy (see `blind_table`), num_image_tokens of num_vision_tokens, seconds.
+    blind_accuracy (see `blind_replies`), num_image_tokens of num_vision_tokens, seconds; with questions of families
+    that have a measure also families and average (see `family_scores`).
     """
     model, processor = parts
     samples = evaluation_samples(data, limit)
@@ -46,23 +55,18 @@ def evaluate(
         model,
         processor,
         samples,
+        features=features,
         num_image_tokens=num_image_tokens,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
     out.mkdir(parents=True, exist_ok=True)
-    correct = write_predictions(samples, answers, out / "predictions.jsonl")
-    low, high = interval(correct, [str(sample.images or sample.id) for sample in samples])
+    replies = write_predictions(samples, answers, out / "predictions.jsonl")
     scores = {
-        "data": data,
-        "accuracy": sum(correct) / len(correct),
-        "interval": [low, high],
-        "num_questions": len(samples),
+        **score_replies(data, replies),
         "num_images": len({path for sample in samples for path in sample.images}),
-        "blind_accuracy": blind_accuracy(blind_table(data, samples), *questions_and_answers(samples)),
-        "accuracy_by_kind": accuracy_by_kind(correct, [sample.kind for sample in samples]),
-        "num_image_tokens": num_image_tokens or processor.num_image_tokens,
+        "num_image_tokens": num_image_tokens or model.model.connector.num_tokens,
         "num_vision_tokens": model.config.num_vision_tokens,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -70,33 +74,56 @@ def evaluate(
     return scores
 
 
-def write_predictions(samples: Sequence[Sample], answers: Any, path: Path) -> list[bool]:
-    """One JSON line a question as its answer comes; returns which are right."""
-    correct = []
+def score_replies(data: str, replies: Sequence[Reply]) -> dict[str, Any]:
+    """What the replies to questions of `data` are worth, whoever gave them; see `evaluate`."""
+    blind = blind_replies(training_questions(data) or replies, replies)
+    correct = [reply.right for reply in replies]
+    low, high = interval(correct, [reply.picture for reply in replies])
+    return {
+        "data": data,
+        "accuracy": sum(correct) / len(correct),
+        "interval": [low, high],
+        "num_questions": len(replies),
+        "blind_accuracy": sum(reply.right for reply in blind) / len(blind),
+        "accuracy_by_kind": accuracy_by_kind(correct, [reply.kind for reply in replies]),
+        **family_scores(replies, blind),
+    }
+
+
+def write_predictions(samples: Sequence[Sample], answers: Iterable[str], path: Path) -> list[Reply]:
+    """One JSON line a question as its answer comes; returns them with what was answered."""
+    replies = []
     with path.open("w", encoding="utf-8") as file:
         for sample, prediction in zip(samples, answers, strict=True):
-            right = exact_match(prediction, sample.answer or "")
-            question = question_text(sample)
+            reply = replace(as_reply(sample), prediction=prediction)
             record = {
-                "id": sample.id,
-                "question": question,
+                "id": reply.id,
+                "question": reply.question,
                 "answer": sample.answer,
                 "prediction": prediction,
+                "correct": reply.right,
+                "kind": reply.kind,
             }
-            file.write(json.dumps({**record, "correct": right, "kind": sample.kind}, ensure_ascii=False) + "\n")
-            correct.append(right)
-    return correct
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            replies.append(reply)
+    return replies
 
 
-def blind_table(data: str, samples: Sequence[Sample]) -> dict[str, str]:
-    """Most frequent answers: of easy-VQA's training questions, or of the evaluated ones where there are no others."""
-    known = load_samples("easy-vqa:train") if data.partition(":")[0] == "easy-vqa" else samples
-    return blind_answers(*questions_and_answers(known))
+def training_questions(data: str) -> list[Reply]:
+    """The questions that blind answers are learnt from; none where a data set has no split of its own for that."""
+    name = data.partition(":")[0]
+    if name in LEVELS:
+        from acformer.scenes.dataset import undrawn_samples
+
+        train = takewhile(lambda sample: sample.record < BLIND_SCENES, undrawn_samples(name, "train"))
+        return [as_reply(sample) for sample in train]
+    return [as_reply(sample) for sample in load_samples("easy-vqa:train")] if name == "easy-vqa" else []
 
 
-def questions_and_answers(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
-    """Two lists side by side."""
-    return [question_text(sample) for sample in samples], [sample.answer or "" for sample in samples]
+def as_reply(sample: Sample) -> Reply:
+    """A sample as what is scored, nothing being said yet."""
+    picture = str(sample.images or sample.id)
+    return Reply(sample.id, picture, sample.kind, question_text(sample), sample.answer or "")
 
 
 def question_text(sample: Sample) -> str:

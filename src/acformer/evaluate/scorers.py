@@ -1,10 +1,17 @@
 """Scores as pure functions of answers, and how sure one can be of them."""
 
+import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_VQA_WORDS = {"a": "", "an": "", "the": "", "none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
+
+Sums = Float[np.ndarray, "*draws counts"]
 
 
 def normalise(answer: str) -> str:
@@ -17,6 +24,30 @@ def exact_match(prediction: str, answer: str) -> bool:
     return normalise(prediction) == normalise(answer)
 
 
+def normalise_vqa(answer: str) -> str:
+    """Lower case, no articles, numbers as digits, no punctuation but the point of a decimal: what VQA compares.
+
+    Differs from VQA v2's evaluation in dropping all apostrophes instead of restoring those of contractions, so that
+    "dont" and "don't" are equal without a list.
+    """
+    text = re.sub(r"['’]|(?<=\d),(?=\d)", "", answer.lower())
+    text = re.sub(r"\.(?!\d)|[^\w\s.]|_", " ", text)
+    return " ".join(word for word in (_VQA_WORDS.get(word, word) for word in text.split()) if word)
+
+
+def vqa_score(prediction: str, answers: Sequence[str]) -> float:
+    """VQA's accuracy (Antol et al. 2015; Table 7): min(matches / 3, 1), averaged over leaving out one annotator each.
+
+    Differs from it with fewer than four annotators: all the others must agree, and a single answer must match.
+    """
+    said, right = normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers]
+    if len(right) == 1:
+        return float(said == right[0])
+    needed = min(3, len(right) - 1)
+    matches = right.count(said)
+    return sum(min((matches - (answer == said)) / needed, 1.0) for answer in right) / len(right)
+
+
 def accuracy_by_kind(correct: Sequence[bool], kinds: Sequence[str | None]) -> dict[str, float]:
     """Accuracy of each kind of question, sorted by name; questions without a kind are left out."""
     groups: dict[str, list[bool]] = {}
@@ -26,32 +57,50 @@ def accuracy_by_kind(correct: Sequence[bool], kinds: Sequence[str | None]) -> di
     return {kind: sum(group) / len(group) for kind, group in sorted(groups.items())}
 
 
-def blind_answers(questions: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
-    """The most frequent answer to each question; under the key "" the most frequent of all."""
-    table: dict[str, Counter[str]] = {"": Counter(answers)}
-    for question, answer in zip(questions, answers, strict=True):
-        table.setdefault(question, Counter())[answer] += 1
-    return {question: counts.most_common(1)[0][0] for question, counts in table.items()}
+def most_frequent(keys: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
+    """The most frequent answer to each key (a question, a family); of equally frequent ones the first seen."""
+    table: dict[str, Counter[str]] = {}
+    for key, answer in zip(keys, answers, strict=True):
+        table.setdefault(key, Counter())[answer] += 1
+    return {key: counts.most_common(1)[0][0] for key, counts in table.items()}
 
 
-def blind_accuracy(table: Mapping[str, str], questions: Sequence[str], answers: Sequence[str]) -> float:
-    """What a `blind_answers` table scores that never looks at a picture: the floor of every data set."""
-    right = [exact_match(table.get(q, table[""]), a) for q, a in zip(questions, answers, strict=True)]
-    return sum(right) / len(right)
+def first_known(tables: Sequence[Mapping[str, str]], keys: Sequence[str]) -> str:
+    """The answer of the first table that knows its key (tables and keys side by side); "" of none."""
+    return next((table[key] for table, key in zip(tables, keys, strict=True) if key in table), "")
 
 
 def interval(
-    correct: Sequence[bool], groups: Sequence[str], *, seed: int = 0, draws: int = 2000
+    points: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the accuracy, drawing whole groups (pictures) with replacement.
+    """95 % bootstrap interval of the mean of points (right or wrong), drawing whole groups (pictures)."""
+    counts = np.stack([np.asarray(points, dtype=float), np.ones(len(points))], axis=1)
+    by_group = sum_by_group(counts, groups, list(dict.fromkeys(groups)))
+    return bootstrap(by_group, lambda sums: sums[..., 0] / sums[..., 1], seed=seed, draws=draws)
+
+
+def sum_by_group(
+    counts: Float[np.ndarray, "answers counts"], groups: Sequence[str], names: Sequence[str]
+) -> Float[np.ndarray, "groups counts"]:
+    """Rows of the same group added up, one row for each of `names`; a group without answers has zeros."""
+    index = {name: i for i, name in enumerate(names)}
+    sums = np.zeros((len(index), counts.shape[1]))
+    np.add.at(sums, [index[name] for name in groups], counts)
+    return sums
+
+
+def bootstrap(
+    by_group: Float[np.ndarray, "groups counts"],
+    score: Callable[[Sums], np.ndarray],
+    *,
+    seed: int = 0,
+    draws: int = 2000,
+) -> tuple[float, float]:
+    """95 % interval of a score of summed counts, drawing whole groups (pictures) with replacement.
 
     Questions about one picture stand or fall together, so drawing single questions would look too sure.
     """
-    index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    member = np.array([index[name] for name in groups])
-    rights = np.bincount(member, weights=np.array(correct, dtype=float))
-    sizes = np.bincount(member)
-    picks = np.random.default_rng(seed).integers(0, len(sizes), size=(draws, len(sizes)))
-    scores = rights[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    low, high = np.quantile(scores, [0.025, 0.975])
+    picks = np.random.default_rng(seed).integers(0, len(by_group), size=(draws, len(by_group)))
+    times = np.stack([np.bincount(pick, minlength=len(by_group)) for pick in picks])
+    low, high = np.quantile(score(times @ by_group), [0.025, 0.975])
     return float(low), float(high)

@@ -6,7 +6,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from acformer.cls_attention import num_prefix_tokens
-from acformer.connectors import Geometry, build_connector
+from acformer.connectors import Connector, Geometry, build_connector
+from acformer.fusion import fusion_class
 from acformer.vision import patch_grid
 
 
@@ -15,6 +16,7 @@ class AcFormerConfig(PreTrainedConfig):
 
     vision_config, text_config: configs (or their dicts) of the two Hugging Face models; default CLIP and Llama.
     connector, connector_kwargs: a name from `list_connectors()` and its options.
+    fusion, fusion_kwargs: how its tokens reach the language model (`concat`, `gated_cross_attention`), and options.
     feature_layer: index into the encoder's `hidden_states`; blocks after it are not built (paper: -2).
     image_size: pixels a side that the encoder is fed; default the encoder's own.
     image_token_id: the placeholder that the language model's vocabulary holds for an image token.
@@ -27,6 +29,8 @@ class AcFormerConfig(PreTrainedConfig):
     text_config: Any = None
     connector: str = "acformer"
     connector_kwargs: Any = None
+    fusion: str = "concat"
+    fusion_kwargs: Any = None
     feature_layer: int = -2
     image_size: Any = None
     image_token_id: int = 32000
@@ -37,6 +41,7 @@ class AcFormerConfig(PreTrainedConfig):
         self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
         self.text_config = _sub_config(self.text_config, "llama")
         self.connector_kwargs = dict(self.connector_kwargs or {})
+        self.fusion_kwargs = dict(self.fusion_kwargs or {})
         self.image_size = self.image_size or self.vision_config.image_size
         super().__post_init__(**kwargs)
         # The head belongs to the language model: its config alone says whether it shares the embeddings.
@@ -54,14 +59,19 @@ class AcFormerConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """T: what one image costs the language model, as the connector tells it."""
-        with torch.device("meta"):
-            return build_connector(self.connector, self.geometry, **self.connector_kwargs).num_tokens
+        """What one image costs in the prompt: the connector's T under `concat`, 1 under `gated_cross_attention`."""
+        return fusion_class(self.fusion).num_placeholders(self._connector().num_tokens)
 
     @property
     def num_vision_tokens(self) -> int:
         """P + N: what the encoder gives, of which T remain."""
-        return self.geometry.num_prefix_tokens + self.geometry.num_patches
+        h, w = self._connector().input_grid
+        return self.geometry.num_prefix_tokens + h * w
+
+    def _connector(self) -> Connector:
+        """The connector without its memory."""
+        with torch.device("meta"):
+            return build_connector(self.connector, self.geometry, **self.connector_kwargs)
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

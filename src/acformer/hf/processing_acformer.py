@@ -7,14 +7,16 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
+from acformer.fusion import fusion_class
+
 IMAGE_TOKEN = "<image>"
 
 
 class AcFormerProcessor(ProcessorMixin):
     """An image processor, a tokenizer that knows `<image>`, a chat template, and T.
 
-    `num_image_tokens` comes from `AcFormerConfig.num_image_tokens` (the connector) and is saved with the processor,
-    so that a server can size its prompts without the model.
+    `num_image_tokens` comes from `AcFormerConfig.num_image_tokens` (the connector; 1 where `fusion` is not `concat`)
+    and is saved with the processor, so that a server can size its prompts without the model.
     """
 
     def __init__(
@@ -24,9 +26,11 @@ class AcFormerProcessor(ProcessorMixin):
         chat_template: str | None = None,
         num_image_tokens: int = 145,
         image_token: str = IMAGE_TOKEN,
+        fusion: str = "concat",
         **kwargs: Any,
     ):
         self.num_image_tokens = num_image_tokens
+        self.fusion = fusion
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -40,13 +44,20 @@ class AcFormerProcessor(ProcessorMixin):
 
         `num_image_tokens` asks for another T in this call and is passed on to the model with the inputs.
         """
-        if num_image_tokens is None or num_image_tokens == self.num_image_tokens:
+        own = self.num_image_tokens if self.fusion == "concat" else None
+        if num_image_tokens is None or num_image_tokens == own:
             return super().__call__(images=images, text=text, **kwargs)
         other = copy.copy(self)
-        other.num_image_tokens = num_image_tokens
+        other.num_image_tokens = self.num_placeholders(num_image_tokens)
         inputs = other(images, text, **kwargs)
         inputs["num_image_tokens"] = num_image_tokens
         return inputs
+
+    def num_placeholders(self, num_image_tokens: int | None = None) -> int:
+        """Image tokens that a prompt holds for an image of T visual tokens (by default the model's own T)."""
+        if num_image_tokens is None:
+            return self.num_image_tokens
+        return fusion_class(self.fusion).num_placeholders(num_image_tokens)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """`ValueError` unless the prompts hold one `<image>` for every image; transformers <= 5.19 does not look."""

@@ -1,0 +1,8 @@
+"""The commands of `acformer`, one a file: `add` says what it takes, `run` does it and returns what to print.
+
+Their modules import nothing heavy before `run`, so that `--help` and a typo are answered at once.
+"""
+
+from acformer.commands import anchors, ask, bench, connectors, evaluate, fetch, quickstart, reproduce, train
+
+COMMANDS = (quickstart, fetch, train, evaluate, ask, anchors, connectors, bench, reproduce)

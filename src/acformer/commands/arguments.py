@@ -1,0 +1,45 @@
+"""Arguments that several commands take, and the types that check them."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_model(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """A model, and how it answers."""
+    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    sub.add_argument("--tokens", type=positive, help="visual tokens an image, where the connector can choose")
+    sub.add_argument("--max-new-tokens", type=positive, default=max_new_tokens)
+    sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
+    add_device(sub)
+
+
+def add_device(sub: argparse.ArgumentParser) -> None:
+    """Where to compute."""
+    sub.add_argument("--device", default="auto", help="cpu, cuda, ... (default: an accelerator if there is one)")
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """The model of `add_model` and its processor, on the device that was asked for."""
+    from acformer.build import parse_device, parse_dtype
+    from acformer.checkpoints import load_model
+
+    dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    return load_model(arguments.model, dtype=dtype, device=parse_device(arguments.device))
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def picture(text: str) -> Path:
+    """A picture that can be written there."""
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .jpg or .webp, got {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path

@@ -1,0 +1,22 @@
+"""`acformer train`: a recipe."""
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    sub = commands.add_parser("train", parents=[common], help="train a recipe")
+    sub.add_argument("recipe", help="a name (tiny, smol, ...) or a YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. stage=pretrain model.connector=mlp")
+    sub.set_defaults(run=run, resumable=True)
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The folder of the model."""
+    from acformer.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo should not take seconds
+    from acformer.train import train
+
+    return str(train(recipe, progress=not arguments.quiet))

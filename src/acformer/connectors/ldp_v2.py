@@ -1,0 +1,34 @@
+"""`ldp_v2`: the lightweight down-sample projector of MobileVLM V2."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from acformer.connectors.base import Geometry
+from acformer.connectors.blocks import Projector
+from acformer.connectors.grid_connector import GridConnector
+from acformer.vision import VisionFeatures
+
+
+class LDPv2Connector(GridConnector):
+    """y + DW_3x3(y) with y = Pool(Linear(GELU(Linear(patches)))): nearly all of its weights are LLaVA's MLP.
+
+    The depth-wise convolution, with bias, is a positional encoding generator (PEG, arXiv 2102.10882). Prefix tokens
+    are dropped, and no weight depends on T. Source: MobileVLM V2 (Chu et al., arXiv 2402.03766), whose two
+    point-wise convolutions are the Linears. Differs in taking any T that has a layout; 144 of 24 x 24 patches is
+    their pool of 2 x 2.
+    """
+
+    elastic = True
+
+    def __init__(self, geometry: Geometry, *, num_tokens: int = 144):
+        super().__init__(geometry, num_tokens)
+        width = geometry.text_hidden_size
+        self.projector = Projector(geometry.vision_hidden_size, width)
+        self.positions = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
+        """(B, N, D) -> (B, T, E); `UsageError` for a `num_tokens` that has no layout on the grid."""
+        image = self.projector(features.patches).mT.unflatten(-1, features.grid)
+        pooled = F.adaptive_avg_pool2d(image, self.layout_of(num_tokens))
+        return (pooled + self.positions(pooled)).flatten(2).mT

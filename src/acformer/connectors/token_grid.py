@@ -1,0 +1,51 @@
+"""T tokens laid out as a grid: which h' x w' an average pool or a convolution over the patches ends in.
+
+Unlike pooling by a whole kernel, h' and w' need not divide the patch grid: adaptive pooling takes any that fit in it.
+"""
+
+from acformer.errors import UsageError
+
+
+def token_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(h', w') with h' w' = num_tokens, h' <= h, w' <= w, and h' / w' by ratio nearest to h / w; ties: more columns.
+
+    144 of 24 x 24 patches are 12 x 12; 32 of 16 x 16 are 4 x 8.
+
+    Args:
+        num_tokens: T.
+        grid: (h, w), the patches.
+
+    Raises:
+        UsageError: no such grid, for example T prime and larger than a side; names the nearest numbers that have one.
+    """
+    layouts = [(rows, cols) for rows, cols in _layouts(grid) if rows * cols == num_tokens]
+    if not layouts:
+        below, above = _neighbours(num_tokens, grid)
+        nearest = " and ".join(str(number) for number in (below, above) if number is not None)
+        h, w = grid
+        raise UsageError(
+            f"{num_tokens} tokens cannot be laid out as rows x columns within {h} x {w} patches; nearest: {nearest}"
+        )
+    return min(layouts, key=lambda layout: (_distortion(layout, grid), -layout[1]))
+
+
+def nearest_num_tokens(num_tokens: int, grid: tuple[int, int]) -> int:
+    """The T nearest to `num_tokens` with a grid within (h, w) at most twice too flat or too high; the lower of two."""
+    even = [layout for layout in _layouts(grid) if _distortion(layout, grid) <= 2]
+    return min((rows * cols for rows, cols in even), key=lambda number: (abs(number - num_tokens), number))
+
+
+def _layouts(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(rows, cols) for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)]
+
+
+def _distortion(layout: tuple[int, int], grid: tuple[int, int]) -> float:
+    """How many times too flat or too high, at least 1; equal ratios of integers are equal as floats too."""
+    flat, high = layout[1] * grid[0], layout[0] * grid[1]
+    return max(flat, high) / min(flat, high)
+
+
+def _neighbours(num_tokens: int, grid: tuple[int, int]) -> tuple[int | None, int | None]:
+    numbers = {rows * cols for rows, cols in _layouts(grid)}
+    below = max((number for number in numbers if number < num_tokens), default=None)
+    return below, min((number for number in numbers if number > num_tokens), default=None)

@@ -1,0 +1,100 @@
+"""`token_packer`: each token is a coarse look at the image that reads its own region, at several depths.
+
+The strongest rival under the same recipe by its authors' table; not in the paper.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from acformer.connectors.attention import MultiHeadAttention
+from acformer.connectors.base import Connector, Geometry
+from acformer.connectors.blocks import Projector
+from acformer.connectors.patch_blocks import as_block, nearest_block, split_blocks
+from acformer.errors import UsageError
+from acformer.vision import VisionFeatures
+
+
+class TokenPackerConnector(Connector):
+    """Proj(Attn(LN(W_q down(R)), LN(MLP_k(M)), LN(MLP_v(M)))), where a token attends its own s x s patches alone.
+
+    down(R): the feature layer's patches, bilinearly shrunk by the scale s; for s = 2 the mean of the four. M: the
+    same patches at all `levels`, side by side (K D wide). T = N / s^2: 144 of 24 x 24 patches for s = 2. Source:
+    TokenPacker (Li et al., arXiv 2407.02392) as released, where queries are not added to what they read. Differs in
+    taking any scale, also one for rows and one for columns, and any levels.
+
+    Args:
+        geometry: where it stands.
+        scale: s, or (s_h, s_w); must divide the grid.
+        levels: indices into the encoder's `hidden_states`; the source's are those of CLIP-L, 24 layers. [] for
+            the feature layer's own patches alone.
+        num_heads: must divide D; the release has D / 128 = 8.
+
+    Raises:
+        UsageError: a scale or heads that do not divide, an option of the wrong type; in the forward pass, features
+        without the levels.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        scale: int | Sequence[int] = 2,
+        levels: Sequence[int] = (12, 16, 22, 23),
+        num_heads: int = 8,
+    ):
+        super().__init__(geometry)
+        self.block = as_block("scale", scale, geometry.grid)
+        self.levels = _as_levels(levels)
+        width = geometry.vision_hidden_size
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj, self.v_proj = (Projector(width * max(1, len(self.levels)), width) for _ in range(2))
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.attention = MultiHeadAttention(width, num_heads)
+        self.projector = Projector(width, geometry.text_hidden_size)
+
+    @classmethod
+    def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
+        """The scale that gives the number of tokens nearest to `num_tokens`."""
+        return {"scale": list(nearest_block(num_tokens, geometry.grid))}
+
+    @property
+    def num_tokens(self) -> int:
+        """N / (s_h s_w)."""
+        return self.geometry.num_patches // (self.block[0] * self.block[1])
+
+    def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
+        """(B, N, D) and levels (B, K, P+N, D) -> (B, T, E)."""
+        coarse = self.coarse_queries(features)
+        regions = split_blocks(self._patches_of_all_levels(features), features.grid, self.block).flatten(0, 1)
+        query = self.norm_q(self.q_proj(coarse)).flatten(0, 1).unsqueeze(1)
+        read = self.attention(query, self.norm_k(self.k_proj(regions)), self.norm_v(self.v_proj(regions)))
+        return self.projector(read.view_as(coarse))
+
+    def coarse_queries(self, features: VisionFeatures) -> Float[Tensor, "B T D"]:
+        """down(R): (B, N, D) -> (B, T, D)."""
+        size = [side // step for side, step in zip(features.grid, self.block, strict=True)]
+        image = features.patches.mT.unflatten(-1, features.grid)
+        return F.interpolate(image, size=size, mode="bilinear").flatten(2).mT
+
+    def _patches_of_all_levels(self, features: VisionFeatures) -> Float[Tensor, "B N M"]:
+        if not self.levels:
+            return features.patches
+        if features.levels is None:
+            raise UsageError(
+                f"token_packer reads levels {list(self.levels)} of the encoder, but the features have none: encode "
+                f"with levels={list(self.levels)}, or build it with levels=[]"
+            )
+        return features.levels[:, :, features.num_prefix_tokens :].transpose(1, 2).flatten(2)
+
+
+def _as_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(levels, Sequence) or any(type(level) is not int for level in levels):
+        raise UsageError(
+            f"option levels of connector 'token_packer' must be a list of whole numbers, got {levels!r}: "
+            "indices into the encoder's hidden_states"
+        )
+    return tuple(levels)

@@ -1,0 +1,5 @@
+"""`acformer reproduce`: the paper's tables made here, every row trained under one recipe, intervals over seeds.
+
+`plans` says what a table is, `run_plan` makes it; between them `runs` (what to train), `execute` and `schedule` (doing
+it), `records` (what it leaves), `tables` and `figure` (what it comes to).
+"""

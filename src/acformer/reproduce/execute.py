@@ -1,0 +1,239 @@
+"""A run made: the learning rate looked up, the recipe trained, the questions answered, the record written.
+
+Two kinds of work: a trial (few steps, the loss on held-out data) and a run (all steps, all scores). Each holds a lock
+while it works, so that what a killed command left running is waited for and not done twice.
+"""
+
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acformer.bench import machine
+from acformer.build import parse_device
+from acformer.checkpoints import load_model
+from acformer.data.collate import Collator, ConversationDataset
+from acformer.data.conversation import IGNORE
+from acformer.data.samples import Sample
+from acformer.download import locked
+from acformer.errors import DataError, DivergedError
+from acformer.evaluate.generate import to_device
+from acformer.evaluate.report import evaluate, evaluation_samples, score_replies
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.recipe import Recipe, StageSpec
+from acformer.reproduce.plans import Scale
+from acformer.reproduce.reading import READER, num_parameters, reader_loss, reader_replies, train_reader
+from acformer.reproduce.records import read_record, write_record
+from acformer.reproduce.runs import Job, Run, Trial, job_path, job_record
+from acformer.reproduce.variants import shortened, with_factor, with_fraction
+from acformer.train import cached_features, stage_samples, train
+from acformer.trainer import freeze, module_parameters
+
+Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
+WARM_UP_STEPS, TIMED_STEPS = 2, 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run or a trial, and where: `results` is the folder of the table, `work` where models lie meanwhile.
+
+    language_model: the warm start, if any.
+    """
+
+    job: Job
+    results: Path
+    work: Path
+    language_model: Path | None = None
+    keep_models: bool = False
+
+    def __call__(self) -> None:
+        """Do it, unless it is done; what goes wrong is the record then."""
+        folder = self.work / f"{self.job.name}-{self.job.fingerprint}"
+        with locked(self.work / f"{folder.name}.lock"), _logged(folder / "log.txt"):
+            if job_record(self.results, self.job) is not None:
+                return
+            try:
+                record = _measure(self, self.job, folder) if isinstance(self.job, Run) else _try(self, self.job, folder)
+            except Exception as error:  # one row must not end the table; the log has the traceback
+                logging.getLogger("acformer").exception("%s failed", self.job.name)
+                self.fail(f"{type(error).__name__}: {error}")
+                return
+            write_record(job_path(self.results, self.job), {"fingerprint": self.job.fingerprint, **record})
+            if not self.keep_models:
+                _remove_models(folder)
+
+    def fail(self, reason: str) -> None:
+        """Write down that it could not be done."""
+        write_record(job_path(self.results, self.job), {"error": " ".join(reason.split())})
+
+    def recipe(self, run: Run, folder: Path) -> Recipe:
+        """The run's recipe, here."""
+        recipe = replace(run.recipe, name=self.job.name, output_dir=str(folder))
+        if self.language_model is not None:
+            recipe = replace(recipe, model=replace(recipe.model, text=str(self.language_model)))
+        return recipe
+
+
+def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
+    """The loss on held-out data that the factor comes to; none where training diverged."""
+    search = trial.run.scale.search
+    recipe = replace(task.recipe(trial.run, folder), seed=trial.seed)
+    recipe = shortened(with_factor(recipe, trial.factor), search.fraction)
+    try:
+        loss = trial_loss(recipe, search.data, search.limit)
+    except DivergedError:
+        loss = None
+    return {"factor": trial.factor, "loss": loss}
+
+
+def trial_loss(recipe: Recipe, data: str, limit: int) -> float:
+    """The loss on held-out data of what the recipe trains."""
+    if recipe.model.text == READER:
+        learner, _ = train_reader(recipe)
+        return reader_loss(learner, data.partition(":")[2], limit)
+    parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
+    return answer_loss(parts, recipe, evaluation_samples(data, limit))
+
+
+def best_factor(run: Run, results: Path) -> tuple[float, dict[float, float | None]]:
+    """The factor of the lowest loss, and the losses of all; `DataError` where no trial came to one."""
+    if not run.trials:
+        return run.scale.search.factors[0], {}
+    records = [record for trial in run.trials if (record := job_record(results, trial)) is not None]
+    losses = {record["factor"]: record["loss"] for record in records}
+    finite = {factor: loss for factor, loss in losses.items() if loss is not None}
+    if not finite:
+        reasons = {read_record(job_path(results, trial)).get("error", "diverged") for trial in run.trials}
+        raise DataError(f"no trial of {run.trials_name} gave a learning rate: {'; '.join(sorted(reasons))}")
+    return min(finite, key=lambda factor: finite[factor]), losses
+
+
+def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
+    """Trained with the learning rate that its trials chose, evaluated on all data, timed."""
+    started = time.monotonic()
+    factor, losses = best_factor(run, task.results)
+    recipe = with_factor(with_fraction(task.recipe(run, folder), run.fraction), factor)
+    measure = reader_figures if recipe.model.text == READER else model_figures
+    return {
+        "connector": recipe.model.connector,
+        "num_tokens": run.num_tokens,
+        "fraction": run.fraction,
+        "seed": run.seed,
+        **measure(recipe, run.scale, folder),
+        "factor": factor,
+        "losses_of_factors": losses,
+        "seconds": round(time.monotonic() - started, 1),
+        "recipe": asdict(recipe),
+        "device": _device_name(parse_device("auto")),
+        **machine(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
+    """Scores, the connector's weights and the time of a step, of a model with its language model."""
+    parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
+    scores = {}
+    for number, data in enumerate(scale.data):
+        samples = evaluation_samples(data, scale.limit)
+        features = cached_features(parts, samples, progress=False) if recipe.cache_features else None
+        out = folder / f"eval-{number}"
+        scores[data] = evaluate(parts, data, out, limit=scale.limit, features=features, progress=False)
+    weights = sum(parameter.numel() for parameter in module_parameters(parts[0])["connector"])
+    return {"scores": scores, "num_parameters": weights, "step_seconds": step_seconds(parts, recipe, folder)}
+
+
+def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
+    """The same of a connector whose tokens the heads read."""
+    learner, seconds = train_reader(recipe)
+    replies = {data: reader_replies(learner, data, scale.limit) for data in scale.data}
+    return {
+        "scores": {data: score_replies(data, said) for data, said in replies.items()},
+        "num_parameters": num_parameters(learner),
+        "step_seconds": round(statistics.median(seconds), 5),
+    }
+
+
+def _loader(parts: Parts, recipe: Recipe, spec: StageSpec, samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    """Batches as in training, in order."""
+    dataset = ConversationDataset(samples, parts[1], max_length=spec.max_length, group=spec.group)
+    features = cached_features(parts, samples, progress=False) if recipe.cache_features else None
+    collator = Collator(parts[1], features=features, dataset=dataset)
+    size = spec.training.get("per_device_train_batch_size", 8)
+    for start in range(0, len(dataset), size):
+        batch = collator([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+        del batch["sample_ids"]
+        yield to_device(batch, parts[0].device)
+
+
+def answer_loss(parts: Parts, recipe: Recipe, samples: list[Sample]) -> float:
+    """Mean over the tokens of the answers of -log p(token), the true tokens before it given, in nats."""
+    *_, (_, spec) = recipe.stages()
+    total, count = 0.0, 0
+    for batch in _loader(parts, recipe, spec, samples):
+        tokens = int((batch["labels"] != IGNORE).sum())
+        with torch.inference_mode():
+            total += float(parts[0](**batch).loss) * tokens
+        count += tokens
+    return total / count
+
+
+def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> float:
+    """Median seconds of a step of the last stage on one batch: forward, backward and AdamW, without the loader.
+
+    The encoder is in it unless its features come from the cache. The model is of no use afterwards.
+    """
+    model = parts[0].train()
+    *_, (_, spec) = recipe.stages()
+    freeze(model, spec.learning_rates)
+    enough = spec.training.get("per_device_train_batch_size", 8) * spec.group
+    samples, _ = stage_samples(replace(spec, max_samples=min(enough, spec.max_samples or enough)), folder / "timing")
+    batch = next(_loader(parts, recipe, spec, samples))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    use_bf16 = spec.training.get("bf16", False)
+    seconds = []
+    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16) if use_bf16 else nullcontext():
+            loss = model(**batch, supervised_only=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return round(statistics.median(seconds[WARM_UP_STEPS:]), 5)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Our log goes into a file beside the run instead of between the lines of the progress bar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger, handler = logging.getLogger("acformer"), logging.FileHandler(path, encoding="utf-8")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.level, logger.propagate = before
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _remove_models(folder: Path) -> None:
+    """Weights and checkpoints of a run whose record is written; its predictions and logs stay."""
+    for name in ("model", "checkpoint-*"):
+        for path in folder.glob(f"*/{name}"):
+            shutil.rmtree(path)

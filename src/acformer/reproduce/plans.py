@@ -1,0 +1,174 @@
+"""What a table of the paper asks, as data: which rows, at which numbers of visual tokens, with how many seeds.
+
+A plan is a table (its rows) at a scale (its recipe, data and budget). Rows come from the registries of connectors and
+selectors, so that a new one has its row without a line here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from acformer.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a connector with the options in which it differs from its defaults at a budget."""
+
+    name: str
+    connector: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How every row finds its learning rate: the same short trials, the lowest loss on held-out data wins.
+
+    factors: of the recipe's learning rate of the connector, in every stage. fraction: of the steps of a run.
+    data, limit: the first so many questions of a data set that is not the one of the table. seed: of the trials.
+    """
+
+    data: str
+    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    fraction: float = 0.25
+    limit: int = 512
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a machine of some size can run; every row of a table runs under it.
+
+    recipe: name or file; all that there is to a training but connector, learning rate and seed. budgets: T, visual
+    tokens. data: what is evaluated, the first `limit` questions. sizes: options of single connectors where their
+    defaults are not of this size (a recipe's own `connector_kwargs` are taken by all stacks). warm_start: a recipe
+    that is run once, whose language model every row starts from. fetch: embedded names that must be there.
+    """
+
+    name: str
+    recipe: str
+    budgets: tuple[int, ...]
+    data: tuple[str, ...]
+    search: Search
+    seeds: int = 3
+    limit: int | None = None
+    scaling_budget: int = 33
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    warm_start: str | None = None
+    fetch: tuple[str, ...] = ()
+    needs_accelerator: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table at a scale. fractions: of the samples, below 1, with which the rows are trained too (same steps)."""
+
+    name: str
+    asks: str
+    scale: Scale
+    rows: tuple[Row, ...]
+    fractions: tuple[float, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """`table3-cpu`: where its results lie."""
+        return f"{self.name}-{self.scale.name}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A plan without its scale; `rows` looks into the registries when it is called."""
+
+    asks: str
+    rows: Callable[[], tuple[Row, ...]]
+    fractions: tuple[float, ...] = ()
+
+
+def plan_for(table: str, scale: str, seeds: int | None = None) -> Plan:
+    """The plan of a table at a scale; `UsageError` for a name that is neither."""
+    if table not in TABLES:
+        raise unknown_name("table", table, TABLES)
+    if scale not in SCALES:
+        raise unknown_name("scale", scale, SCALES)
+    chosen, size = TABLES[table], SCALES[scale]
+    if seeds is not None:
+        size = replace(size, seeds=seeds)
+    return Plan(table, chosen.asks, size, chosen.rows(), chosen.fractions)
+
+
+def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:
+    """The rows of these connectors (or rows of that name); all by default."""
+    if names is None:
+        return plan.rows
+    valid = {name for row in plan.rows for name in (row.name, row.connector)}
+    for name in names:
+        if name not in valid:
+            raise unknown_name(f"connector of {plan.name}", name, valid)
+    return tuple(row for row in plan.rows if {row.name, row.connector} & set(names))
+
+
+def every_connector() -> tuple[Row, ...]:
+    """Table 3: one row a connector."""
+    from acformer.connectors import list_connectors
+
+    return tuple(Row(name, name) for name in list_connectors())
+
+
+def every_selector() -> tuple[Row, ...]:
+    """Table 4: every selector's tokens direct in, and as queries; beside them the other ways of few tokens, and all."""
+    from acformer.selectors import SELECTORS
+
+    pairs = [(connector, selector) for connector in ("acformer", "top_p") for selector in sorted(SELECTORS)]
+    selected = (Row(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
+    return (*selected, *(Row(name, name) for name in ("e_vit", "mlp")))
+
+
+def few_connectors() -> tuple[Row, ...]:
+    """Figure 1: learned, pooled and anchor queries, and all tokens."""
+    return tuple(Row(name, name) for name in ("acformer", "mlp", "perceiver", "pooling"))
+
+
+TABLES = {
+    "table3": Table("Which connector answers best at the same number of visual tokens?", every_connector),
+    "table4": Table(
+        "Direct in or aggregated; and is it the anchors, or any query that comes from the image?", every_selector
+    ),
+    "figure1": Table(
+        "Accuracy against the time of a training step, and against the number of training samples",
+        few_connectors,
+        (0.125, 0.25, 0.5),
+    ),
+}
+# DINOv2-S/14 has 12 blocks: a half, two thirds, and the last two below the feature layer, as of CLIP-L's 24.
+DINOV2_S = {"token_packer": {"levels": [6, 8, 10, 11]}}
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "cpu",
+            recipe="scenes-cpu",
+            budgets=(37,),  # 36 is 6 x 6 of the 12 x 12 patches, so that pools are even; and [CLS]
+            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
+            search=Search("openmoji-scenes-small:validation", fraction=0.2),
+            scaling_budget=37,
+            sizes={
+                "c_abstractor": {"depth": 1},
+                "d_abstractor": {"depth": 1, "num_heads": 4, "ff_mult": 2},
+                "q_former": {"depth": 2, "hidden_size": 256, "num_heads": 4, "ff_mult": 2},
+                "token_packer": {"levels": [], "num_heads": 4},  # the feature layer alone, encoded already
+            },
+            fetch=("dinov2-s14", "openmoji", "photographs"),
+        ),
+        Scale(
+            "gpu",
+            recipe="scenes-gpu",
+            budgets=(17, 33, 65, 145),
+            data=("openmoji-scenes:test", "openmoji-scenes:novel"),
+            search=Search("openmoji-scenes:validation"),
+            scaling_budget=65,
+            sizes=DINOV2_S,
+            fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
+            needs_accelerator=True,
+        ),
+    )
+}

@@ -1,0 +1,49 @@
+"""What runs leave: one JSON file each, there whole or not at all, known by the fingerprint of what it was made from.
+
+A record of the same fingerprint is never made again, whichever table made it; one of another fingerprint in the same
+place is refused; an error is no record, and what it stands for is tried again.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from acformer.errors import UsageError
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """A JSON file, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What lies there, be it an `error`; nothing where there is nothing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def made_record(path: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What was measured; None where nothing was yet. `UsageError` if it was made by another plan."""
+    record = read_record(path)
+    if not record or "error" in record:
+        return None
+    if record["fingerprint"] != fingerprint:
+        raise UsageError(
+            f"{path} was made by another plan (recipe, data or search differ): move it away, or choose another --out"
+        )
+    return record
+
+
+def take_over(wanted: Mapping[Path, str], results: Path) -> None:
+    """Copy what the tables under `results` have made to the paths (with their fingerprints) where nothing is yet."""
+    missing = {path: mark for path, mark in wanted.items() if made_record(path, mark) is None}
+    found = {}
+    for path in sorted(results.glob("*/*/*.json")) if missing else ():
+        record = read_record(path)
+        found[record.get("fingerprint")] = record
+    for path, mark in missing.items():
+        if mark in found:
+            write_record(path, found[mark])

@@ -1,0 +1,96 @@
+"""A plan from beginning to end: what is missing is trained, what there is is shown."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from acformer.embedded import fetch
+from acformer.errors import AcFormerError, UsageError
+from acformer.recipe import load_recipe
+from acformer.reproduce.execute import Task
+from acformer.reproduce.figure import draw_figure
+from acformer.reproduce.plans import Plan, chosen_rows
+from acformer.reproduce.records import take_over
+from acformer.reproduce.runs import Cell, Run, Trial, cells_of, job_path, job_record
+from acformer.reproduce.schedule import default_jobs, run_tasks
+from acformer.reproduce.tables import Measured, table_text
+from acformer.reproduce.warm_start import warm_start
+
+J = TypeVar("J", Run, Trial)
+
+
+def reproduce(
+    plan: Plan,
+    out: Path = Path("results"),
+    work: Path = Path("runs/reproduce"),
+    *,
+    connectors: Sequence[str] | None = None,
+    jobs: int | None = None,
+    keep_models: bool = False,
+    progress: bool = True,
+) -> str:
+    """Train and score what is missing of a plan; returns the table.
+
+    Writes `<out>/<table>-<scale>/`: `runs/*.json`, `trials/*.json`, `table.md`, `figure.png`, `figure.svg`. What is
+    there already is kept, an equal run of another table is taken over, an interrupted one goes on.
+
+    Args:
+        plan: from `plan_for`, or your own.
+        out: where the tables lie. work: where models lie while they are made, kept there with `keep_models`.
+        connectors: train the rows of these alone; the table shows what there is of all.
+        jobs: runs side by side; default one a core, one on an accelerator.
+        progress: show a bar with the time left.
+
+    Raises:
+        UsageError: names that do not exist, records of another plan, no accelerator where the scale needs one.
+        AcFormerError: some runs failed (after all others were made and the table was written).
+    """
+    chosen = chosen_rows(plan, connectors)
+    if plan.scale.needs_accelerator and not torch.accelerator.is_available():
+        raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
+    load_recipe(plan.scale.recipe)  # a missing one is told before anything is fetched
+    if plan.scale.fetch:
+        fetch(plan.scale.fetch, progress=progress)
+    cells = cells_of(plan)
+    results, language_model = out / plan.folder, warm_start(plan, work, progress=progress)
+    runs = _missing((run for cell in cells if cell.row in chosen for run in cell.runs), results)
+    trials = _missing((trial for run in runs for trial in run.trials), results)
+    context = (results, work, language_model, keep_models)
+    stages = [Task(trial, *context) for trial in trials], [Task(run, *context) for run in runs]
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} runs, {elapsed} gone, {remaining} left {postfix}"
+    total = sum(task.job.cost for tasks in stages for task in tasks)
+    with tqdm(total=total, desc=plan.folder, bar_format=form, disable=not progress) as bar:
+        try:
+            for tasks in stages:  # a run needs all trials of its learning rate
+                run_tasks(tasks, jobs or default_jobs(), bar)
+        finally:
+            text = _write(plan, cells, results)
+    _tell_failures([Measured.of(cell, results) for cell in cells if cell.row in chosen], results)
+    return text
+
+
+def _missing(jobs: Iterable[J], results: Path) -> list[J]:
+    """Those without a record here or in a table beside this one, each once; the first seeds of all rows first."""
+    once = {job.name: job for job in jobs}
+    take_over({job_path(results, job): job.fingerprint for job in once.values()}, results.parent)
+    missing = [job for job in once.values() if job_record(results, job) is None]
+    return sorted(missing, key=lambda job: job.seed)
+
+
+def _write(plan: Plan, cells: list[Cell], results: Path) -> str:
+    """The table and the figure of what there is by now."""
+    measured = [Measured.of(cell, results) for cell in cells]
+    text = table_text(plan, measured)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "table.md").write_text(text, encoding="utf-8")
+    draw_figure(plan, measured, results / "figure")
+    return text
+
+
+def _tell_failures(measured: list[Measured], results: Path) -> None:
+    if failures := [error for cell in measured for error in cell.errors]:
+        where = results / "table.md"
+        raise AcFormerError(f"{len(failures)} runs failed, the others are in {where}; first: {failures[0]}")

@@ -1,0 +1,179 @@
+"""From a plan to its runs: each a recipe with one connector, one seed, one share of the samples.
+
+A run knows itself by a fingerprint of all that decides its scores: adding a row to a plan changes no other run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acformer.build import parse_dtype
+from acformer.cls_attention import num_prefix_tokens
+from acformer.connectors import CONNECTORS, Geometry, budget_options, build_connector, connector_options
+from acformer.connectors.stack import StackConnector
+from acformer.embedded import resolve
+from acformer.errors import AcFormerError
+from acformer.recipe import ModelSpec, Recipe, load_recipe
+from acformer.reproduce.plans import Plan, Row, Scale
+from acformer.reproduce.records import made_record
+from acformer.vision import load_tower, patch_grid
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and what is measured of it.
+
+    recipe: but for what is found when it runs: the learning rate, the number of samples that is a `fraction` of all,
+    the warm start. start: fingerprint of the language model that it starts from.
+    """
+
+    row: str
+    num_tokens: int
+    seed: int
+    fraction: float
+    recipe: Recipe
+    scale: Scale
+    start: str = ""
+
+    folder = "runs"
+    cost = 1.0
+
+    @property
+    def name(self) -> str:
+        """`acformer-T33-seed0`, or `acformer-T33-0.25-seed0` with a quarter of the samples."""
+        return f"{self.trials_name}{'' if self.fraction == 1 else f'-{self.fraction:g}'}-seed{self.seed}"
+
+    @property
+    def trials_name(self) -> str:
+        """`acformer-T33`: its learning rate is looked for once for all seeds and shares of the samples."""
+        return f"{self.row}-T{self.num_tokens}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Two runs of one fingerprint give the same scores, but for the noise of the machine."""
+        evaluation = {"data": self.scale.data, "limit": self.scale.limit, "search": asdict(self.scale.search)}
+        training = {"recipe": asdict(self.recipe), "fraction": self.fraction, "start": self.start}
+        return fingerprint({**training, **evaluation})
+
+    @property
+    def trials(self) -> tuple["Trial", ...]:
+        """The trials of its learning rate; none where there is no choice."""
+        factors = self.scale.search.factors
+        return tuple(Trial(self, factor) for factor in factors) if len(factors) > 1 else ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short run with all samples and `factor` times the learning rate: one for all seeds and shares of a row."""
+
+    run: Run
+    factor: float
+
+    folder = "trials"
+
+    @property
+    def seed(self) -> int:
+        """Of its training."""
+        return self.run.scale.search.seed
+
+    @property
+    def cost(self) -> float:
+        """In runs."""
+        return self.run.scale.search.fraction
+
+    @property
+    def name(self) -> str:
+        """`acformer-T33-x0.3`."""
+        return f"{self.run.trials_name}-x{self.factor:g}"
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for every seed and share of the samples."""
+        recipe, search = asdict(replace(self.run.recipe, seed=0)), asdict(self.run.scale.search)
+        return fingerprint({"recipe": recipe, "factor": self.factor, "search": search, "start": self.run.start})
+
+
+Job = Run | Trial
+
+
+def job_path(results: Path, job: Job) -> Path:
+    """Where the record of a run or trial lies in the folder of a table."""
+    return results / job.folder / f"{job.name}.json"
+
+
+def job_record(results: Path, job: Job) -> dict[str, Any] | None:
+    """What was measured of it, if it was; errors as `made_record`."""
+    return made_record(job_path(results, job), job.fingerprint)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row at a budget with a share of the samples: its runs, one a seed, or why it cannot be run."""
+
+    row: Row
+    budget: int
+    fraction: float
+    runs: tuple[Run, ...] = ()
+    error: str = ""
+
+
+def fingerprint(value: Any) -> str:
+    """Twelve hex digits for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def start_fingerprint(plan: Plan) -> str:
+    """Of the recipe of the warm start; empty without one."""
+    if plan.scale.warm_start is None:
+        return ""
+    return fingerprint(asdict(replace(load_recipe(plan.scale.warm_start), output_dir="", resume=True)))
+
+
+def cells_of(plan: Plan) -> list[Cell]:
+    """Every row at every budget, then with every share of the samples; connectors that cannot are told, not dropped."""
+    base = replace(load_recipe(plan.scale.recipe), output_dir="", resume=True)
+    geometry = geometry_of(base.model)
+    places = [(budget, 1.0) for budget in plan.scale.budgets]
+    places += [(plan.scale.scaling_budget, fraction) for fraction in plan.fractions]
+    return [_cell(plan, base, geometry, row, budget, fraction) for budget, fraction in places for row in plan.rows]
+
+
+def _cell(plan: Plan, base: Recipe, geometry: Geometry, row: Row, budget: int, fraction: float) -> Cell:
+    try:
+        options = row_options(row, base.model, plan.scale.sizes, geometry, budget)
+        with torch.device("meta"):
+            num_tokens = build_connector(row.connector, geometry, **options).num_tokens
+    except AcFormerError as error:
+        return Cell(row, budget, fraction, error=str(error))
+    model = replace(base.model, connector=row.connector, connector_kwargs=options)
+    recipe, start, seeds = replace(base, model=model), start_fingerprint(plan), range(plan.scale.seeds)
+    runs = [Run(row.name, num_tokens, n, fraction, replace(recipe, seed=n), plan.scale, start) for n in seeds]
+    return Cell(row, budget, fraction, tuple(runs))
+
+
+def row_options(
+    row: Row, model: ModelSpec, sizes: Mapping[str, Mapping[str, Any]], geometry: Geometry, budget: int
+) -> dict[str, Any]:
+    """A row's connector_kwargs at a budget, without what is default anyway.
+
+    The recipe's own options go to every stack, so that all stacks are of one size; then come the scale's, the row's,
+    and those that give `budget` tokens, or the nearest number that the connector can give.
+    """
+    known = connector_options(row.connector)
+    is_stack = issubclass(CONNECTORS[row.connector], StackConnector)
+    shared = {key: value for key, value in model.connector_kwargs.items() if is_stack and key in known}
+    own = {**sizes.get(row.connector, {}), **row.options}
+    options = {**shared, **own, **budget_options(row.connector, geometry, budget)}
+    return {key: value for key, value in options.items() if key not in known or known[key] != value}
+
+
+def geometry_of(model: ModelSpec) -> Geometry:
+    """The sizes at which tokens are counted; the language model's width does not count, and is left at 64."""
+    config = load_tower(resolve(model.vision), parse_dtype(model.dtype)).config
+    side = model.image_size or config.image_size
+    return Geometry(config.hidden_size, 64, patch_grid(config, side, side), num_prefix_tokens(config))

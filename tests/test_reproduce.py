@@ -1,0 +1,480 @@
+"""A table in small: two connectors, two seeds, three steps a stage, on pictures of one colour."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+
+from acformer.build import build_model
+from acformer.checkpoints import load_model
+from acformer.connectors import CONNECTORS, Geometry, build_connector, list_connectors
+from acformer.connectors.mlp import MLPConnector
+from acformer.errors import AcFormerError, CheckpointError, UsageError
+from acformer.recipe import ModelSpec, load_recipe
+from acformer.reproduce import execute
+from acformer.reproduce.execute import answer_loss
+from acformer.reproduce.figure import draw_figure
+from acformer.reproduce.plans import SCALES, TABLES, Plan, Row, Scale, Search, every_connector, plan_for
+from acformer.reproduce.run_plan import reproduce
+from acformer.reproduce.runs import cells_of, row_options
+from acformer.reproduce.schedule import run_tasks
+from acformer.reproduce.tables import Measured, mean_interval, student_t, table_text
+from acformer.reproduce.variants import shortened, with_factor, with_fraction
+from acformer.reproduce.warm_start import export_language_model, warm_start
+from acformer.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+ROWS = (Row("acformer", "acformer"), Row("mlp", "mlp"))
+GEOMETRY, SMALL = Geometry(32, 32, (4, 4), 1), {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve pictures with a question and a caption each, a vision tower, and the recipe `mini.yaml`."""
+    folder = tmp_path_factory.mktemp("data")
+    questions, captions = [], []
+    for number in range(12):
+        name = list(COLOURS)[number % 3]
+        Image.new("RGB", (20, 14), tuple(min(255, c + number) for c in COLOURS[name])).save(folder / f"{number}.png")
+        turns = ("<image>\nWhich colour?", name), ("<image>", f"all {name}")
+        for records, (human, gpt) in zip((questions, captions), turns, strict=True):
+            said = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+            kind = ("colour", "shade")[number % 2]
+            records.append({"id": str(number), "image": f"{number}.png", "conversations": said, "kind": kind})
+    for name, records in (("questions", questions), ("captions", captions)):
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    CLIPVisionModel(tiny.config().vision_config).save_pretrained(folder / "vision")
+    tiny.processor().image_processor.save_pretrained(folder / "vision")
+    training = "{max_steps: 4, per_device_train_batch_size: 4, dataloader_pin_memory: false}"
+    (folder / "mini.yaml").write_text(f"""
+model:
+  vision: {folder}/vision
+  text: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+         num_key_value_heads: 2, max_position_embeddings: 256}}
+  connector: acformer
+  connector_kwargs: {{num_anchors: 4, depth: 1, num_heads: 2, head_dim: 8}}
+  template: bare
+pretrain: {{data: {folder}/captions.json, template: plain, learning_rates: {{connector: 0.01}}, training: {training}}}
+finetune:
+  data: {folder}/questions.json
+  learning_rates: {{connector: 0.01, language_model: 0.002}}
+  training: {training}
+cache_features: true
+""")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(folder):
+    """The miniature plan; a test replaces what it is about."""
+    questions = f"{folder}/questions.json"
+    search = Search(questions, factors=(0.5, 2.0), fraction=0.5)
+    scale = Scale(
+        "mini", f"{folder}/mini.yaml", budgets=(5,), data=(questions,), search=search, seeds=2, scaling_budget=5
+    )
+    return Plan("table0", "Does it run?", scale, ROWS)
+
+
+@pytest.fixture(scope="module")
+def made(plan, tmp_path_factory):
+    """The plan carried out once: (folder of all results, folder of work, the table)."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACFORMER_CACHE", str(root / "cache"))
+        text = reproduce(plan, root / "results", root / "work", jobs=1, progress=False)
+    return root / "results", root / "work", text
+
+
+@pytest.fixture
+def copied(made, tmp_path, monkeypatch):
+    """A copy of the results to go on from; `trained` lists what is trained from here on."""
+    import shutil
+
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(made[0], tmp_path / "results")
+    trained = []
+
+    def spy(recipe, **kwargs):
+        trained.append(recipe.name)
+        return train(recipe, **kwargs)
+
+    monkeypatch.setattr(execute, "train", spy)
+
+    def go(plan, **kwargs):
+        return reproduce(plan, tmp_path / "results", tmp_path / "work", jobs=1, progress=False, **kwargs)
+
+    go.trained, go.results = trained, tmp_path / "results"
+    return go
+
+
+def record_of(results, name, table="table0-mini"):
+    return json.loads((results / table / "runs" / f"{name}.json").read_text())
+
+
+def test_a_plan_leaves_records_table_and_figure_and_no_weights(made, plan):
+    results, work, text = made
+    found = sorted(path.stem for path in (results / "table0-mini/runs").iterdir())
+    assert found == ["acformer-T5-seed0", "acformer-T5-seed1", "mlp-T16-seed0", "mlp-T16-seed1"]
+    record = record_of(results, "acformer-T5-seed1")
+    assert (record["num_tokens"], record["seed"], record["connector"]) == (5, 1, "acformer")
+    assert set(record["scores"][plan.scale.data[0]]["accuracy_by_kind"]) == {"colour", "shade"}
+    assert record["step_seconds"] > 0
+    assert record["num_parameters"] == sum(
+        p.numel() for p in build_connector("acformer", GEOMETRY, **SMALL).parameters()
+    )
+    assert {"machine", "commit", "torch", "transformers", "seconds", "fingerprint"} <= set(record)
+    assert (results / "table0-mini/table.md").read_text() == text
+    assert all((results / f"table0-mini/figure.{suffix}").stat().st_size > 0 for suffix in ("png", "svg"))
+    assert not list(work.rglob("*.safetensors"))
+    assert len(list(work.rglob("predictions.jsonl"))) == 4
+
+
+def test_every_row_has_the_same_recipe_but_for_its_connector_and_chosen_rate(made):
+    results = made[0]
+    for name in ("acformer-T5", "mlp-T16"):
+        record = record_of(results, f"{name}-seed0")
+        losses = {float(factor): loss for factor, loss in record["losses_of_factors"].items()}
+        assert set(losses) == {0.5, 2.0}
+        assert record["factor"] == min(losses, key=losses.get)
+        rates = record["recipe"]["finetune"]["learning_rates"]
+        assert rates == {"connector": 0.01 * record["factor"], "language_model": 0.002}
+    recipes = [record_of(results, f"{name}-seed0")["recipe"] for name in ("acformer-T5", "mlp-T16")]
+    for recipe in recipes:
+        del recipe["model"]["connector"], recipe["model"]["connector_kwargs"], recipe["name"], recipe["output_dir"]
+        for stage in ("pretrain", "finetune"):
+            del recipe[stage]["learning_rates"]
+    assert recipes[0] == recipes[1]
+
+
+def test_what_is_done_is_not_done_again(copied, plan, made):
+    assert copied(plan) == made[2]
+    assert copied.trained == []
+
+
+def test_a_new_connector_adds_its_row_and_nothing_else(copied, plan, monkeypatch):
+    for name in set(CONNECTORS) - {"acformer", "mlp"}:
+        monkeypatch.delitem(CONNECTORS, name)
+    assert [row.name for row in every_connector()] == ["acformer", "mlp"]
+    before = {path: path.stat().st_mtime_ns for path in copied.results.glob("*/*/*.json")}
+
+    class MyConnector(MLPConnector):
+        """Mine."""
+
+    monkeypatch.setitem(CONNECTORS, "my_connector", MyConnector)
+    text = copied(replace(plan, rows=every_connector(), scale=replace(plan.scale, seeds=1)))
+    assert {name.rpartition("-")[0] for name in copied.trained} == {"my_connector-T16"}
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    lines = {line for line in text.splitlines() if line.startswith("| `")}
+    others = {line for line in lines if "my_connector" not in line}
+    assert (len(lines), len(others)) == (3, 2)
+
+
+def test_more_seeds_of_chosen_rows_train_the_new_ones_alone(copied, plan):
+    copied(replace(plan, scale=replace(plan.scale, seeds=3)), connectors=["mlp"])
+    assert copied.trained == ["mlp-T16-seed2"]
+    with pytest.raises(UsageError, match=r"unknown connector of table0 'mpl'; did you mean 'mlp'"):
+        copied(plan, connectors=["mpl"])
+
+
+def test_another_table_takes_over_what_this_one_made(copied, plan):
+    copied(replace(plan, name="table9"))
+    assert copied.trained == []
+    assert record_of(copied.results, "mlp-T16-seed0", "table9-mini") == record_of(copied.results, "mlp-T16-seed0")
+
+
+def test_records_of_another_plan_are_refused(copied, plan):
+    changed = replace(plan, scale=replace(plan.scale, limit=3))
+    with pytest.raises(UsageError, match=r"acformer-T5-seed0.json was made by another plan"):
+        copied(changed)
+
+
+def test_a_killed_plan_goes_on(copied, plan, monkeypatch):
+    three, spy = replace(plan, scale=replace(plan.scale, seeds=3)), execute.train
+
+    def stopped(recipe, **kwargs):
+        if "mlp" in recipe.name:
+            raise KeyboardInterrupt
+        return spy(recipe, **kwargs)
+
+    monkeypatch.setattr(execute, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        copied(three)
+    assert copied.trained == ["acformer-T5-seed2"]
+    assert "| 3 |" in (copied.results / "table0-mini/table.md").read_text()  # the table is of what there is
+    monkeypatch.setattr(execute, "train", spy)
+    copied(three)
+    assert copied.trained == ["acformer-T5-seed2", "mlp-T16-seed2"]
+
+
+class Broken(MLPConnector):
+    """Cannot be run."""
+
+    def aggregate(self, features, num_tokens):
+        """Fail."""
+        raise RuntimeError("out of\nideas")
+
+
+def test_a_failing_run_is_told_and_the_others_go_on(copied, plan, monkeypatch):
+    monkeypatch.setitem(CONNECTORS, "broken", Broken)
+    rows = (Row("broken", "broken"), Row("unheard", "perceiver", {"num_heads": "x"}), ROWS[1])
+    more = replace(plan, rows=rows, scale=replace(plan.scale, seeds=3))
+    with pytest.raises(AcFormerError, match=r"4 runs failed.*broken-T16-seed0: .*RuntimeError: out of ideas") as caught:
+        copied(more)
+    assert caught.value.exit_code == 1
+    assert "mlp-T16-seed2" in copied.trained
+    text = (copied.results / "table0-mini/table.md").read_text()
+    assert "| `broken` |  | failed |" in text
+    assert "- unheard at T = 5: option num_heads of connector 'perceiver'" in text
+    monkeypatch.setattr(Broken, "aggregate", MLPConnector.aggregate)  # once mended, it is tried again
+    copied(replace(plan, rows=rows[:1], scale=replace(plan.scale, seeds=1)))
+    assert "failed" not in (copied.results / "table0-mini/table.md").read_text().lower()
+
+
+def test_fewer_samples_and_as_many_steps(copied, plan):
+    copied(replace(plan, rows=ROWS[:1], fractions=(0.25,), scale=replace(plan.scale, seeds=1)))
+    assert copied.trained == ["acformer-T5-0.25-seed0"]
+    spec = record_of(copied.results, "acformer-T5-0.25-seed0")["recipe"]["finetune"]
+    assert (spec["max_samples"], spec["training"]["max_steps"]) == (3, 4)
+    assert "0.25 of the samples" in (copied.results / "table0-mini/table.md").read_text()
+
+
+def test_processes_share_the_work(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    search = replace(plan.scale.search, factors=(1.0,))  # one is no choice: no trials
+    small = replace(plan, scale=replace(plan.scale, seeds=1, search=search))
+    text = reproduce(small, tmp_path / "results", tmp_path / "work", jobs=2, progress=False)
+    assert "failed" not in text.lower()
+    assert [path.parent.name for path in (tmp_path / "results").glob("*/*/*.json")] == ["runs", "runs"]
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str = "dies"
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Dying:
+    """A task whose process is killed, as when memory runs out."""
+
+    path: Path
+    job: Job = Job()
+
+    def __call__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fail(self, reason):
+        self.path.write_text(reason)
+
+
+def test_a_process_that_dies_is_a_failed_run(tmp_path):
+    with tqdm(total=1, disable=True) as bar:
+        run_tasks([Dying(tmp_path / "why")], 2, bar)
+    assert (tmp_path / "why").read_text().startswith("its process ended with code -9")
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """A task that would take a minute."""
+
+    job: Job = Job("sleeps")
+
+    def __call__(self):
+        time.sleep(60)
+
+
+def test_a_stop_ends_the_processes_too():
+    def interrupted(signum, frame):
+        raise KeyboardInterrupt(signum)
+
+    before = signal.signal(signal.SIGALRM, interrupted)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    with pytest.raises(KeyboardInterrupt), tqdm(total=2, disable=True) as bar:
+        run_tasks([Sleeping(), Sleeping()], 2, bar)
+    signal.signal(signal.SIGALRM, before)
+    assert multiprocessing.active_children() == []
+
+
+def test_variants_change_one_thing(folder):
+    recipe = load_recipe(f"{folder}/mini.yaml", ["pretrain.training={num_train_epochs: 2}", "finetune.max_samples=8"])
+    faster = with_factor(recipe, 3.0)
+    assert faster.finetune.learning_rates == pytest.approx({"connector": 0.03, "language_model": 0.002})
+    assert shortened(recipe, 0.5).pretrain.training["num_train_epochs"] == 1
+    assert shortened(recipe, 0.5).finetune.training["max_steps"] == 2
+    assert shortened(recipe, 0.01).finetune.training["max_steps"] == 1
+    fewer = with_fraction(recipe, 0.5)
+    assert (fewer.pretrain.max_samples, fewer.pretrain.training["num_train_epochs"]) == (6, 4)
+    assert (fewer.finetune.max_samples, fewer.finetune.training["max_steps"]) == (4, 4)
+    assert with_fraction(recipe, 1.0) == recipe
+    assert asdict(recipe) == asdict(
+        load_recipe(f"{folder}/mini.yaml", ["pretrain.training={num_train_epochs: 2}", "finetune.max_samples=8"])
+    )
+
+
+def test_the_loss_of_a_trial_does_not_depend_on_the_batches(folder, monkeypatch, tmp_path):
+    from acformer.evaluate.report import evaluation_samples
+
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(f"{folder}/mini.yaml", ["cache_features=false"])
+    parts = build_model(recipe.model, ["Which colour? red green blue"])
+    samples = evaluation_samples(f"{folder}/questions.json")
+    losses = []
+    for size in (1, 5, 12):
+        recipe.finetune.training["per_device_train_batch_size"] = size
+        losses.append(answer_loss(parts, recipe, samples))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # float32: padding changes the order of sums, 3e-7 seen
+    uniform = math.log(parts[0].config.text_config.vocab_size)
+    assert losses[0] == pytest.approx(uniform, rel=0.1)  # an untrained model guesses
+
+
+def test_a_warm_start_is_trained_once_and_is_what_rows_start_from(folder, plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    started = replace(plan, scale=replace(plan.scale, warm_start=f"{folder}/mini.yaml"))
+    exported = warm_start(started, tmp_path / "work", progress=False)
+    stamp = (exported / "model.safetensors").stat().st_mtime_ns
+    assert warm_start(started, tmp_path / "work", progress=False) == exported
+    assert (exported / "model.safetensors").stat().st_mtime_ns == stamp
+    spec = ModelSpec(str(folder / "vision"), str(exported), "mlp", template="bare")
+    row, _ = build_model(spec)
+    source, processor = load_model(str(exported.parent))
+    weights = source.model.language_model.state_dict()
+    assert all(torch.equal(row.model.language_model.state_dict()[name], value) for name, value in weights.items())
+    assert cells_of(started)[0].runs[0].fingerprint != cells_of(plan)[0].runs[0].fingerprint
+    ids = torch.tensor([processor.tokenizer("Which colour? red")["input_ids"]])
+    alone = AutoModelForCausalLM.from_pretrained(exported).eval()
+    assert torch.equal(alone(ids).logits, source(ids).logits)
+    assert AutoTokenizer.from_pretrained(exported).get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_export_says_where_there_is_no_model(tmp_path):
+    with pytest.raises(CheckpointError, match="no model in"):
+        export_language_model(tmp_path / "gone/away", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (60, 2.000)])
+def test_students_t_is_the_books(freedom, expected):
+    assert student_t(freedom) == pytest.approx(expected, abs=5e-4)  # to the digits that books give
+
+
+def test_mean_and_interval_by_hand():
+    mean, half = mean_interval([0.1, 0.2, 0.3])
+    assert (mean, half) == pytest.approx((0.2, 4.303 * 0.1 / math.sqrt(3)), rel=1e-4)
+    assert math.isnan(mean_interval([0.5])[1])
+
+
+def record(accuracy, blind=0.4, **more):
+    families = {"exist": (accuracy, 0.5), "read": (accuracy - 0.1, blind - 0.1), "average": (accuracy - 0.05, blind)}
+    scores = {
+        name: {"score": score, "interval": [score - 0.02, score + 0.02], "blind": blindly}
+        for name, (score, blindly) in families.items()
+    }
+    values = {"num_tokens": 33, "num_parameters": 2e6, "step_seconds": 0.2, "fraction": 1.0, **more}
+    where = {"device": "cpu", "machine": "here", "torch": "2", "transformers": "5", "commit": "abc"}
+    return {"scores": {"d": {"average": scores.pop("average"), "families": scores}}, **values, **where}
+
+
+def measured(name, accuracies, fraction=1.0, **more):
+    return Measured(name, 33, fraction, [record(accuracy, **more) for accuracy in accuracies])
+
+
+@pytest.fixture
+def page():
+    """A plan to make pages of."""
+    return Plan("table3", "Which?", Scale("cpu", "r", (33,), ("d",), Search("v")), ROWS, fractions=(0.5,))
+
+
+def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
+    cells = [
+        measured("perceiver", [0.45, 0.55, 0.65]),  # 50.0 on average, far from sure that it is above 40
+        measured("acformer", [0.84, 0.85, 0.86]),
+        measured("mlp", [0.91]),
+        Measured("pooling", 33, 1.0),
+        Measured("e_vit", 33, 1.0, errors=["e_vit-T33-seed0: DivergedError: loss is nan"]),
+        measured("acformer", [0.6, 0.7], fraction=0.5),
+    ]
+    text = table_text(page, cells)
+    table = [line for line in text.split("### 0.5")[0].splitlines() if line.startswith("|")]
+    assert table == [
+        "| connector | T | average | exist | read | weights | step | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `mlp` | 33 | 86.0 | 91.0 | 81.0 | 2.0 M | 0.2 s | 1 |",
+        "| `acformer` | 33 | 80.0 ± 2.5 | 85.0 ± 2.5 | 75.0 ± 2.5 | 2.0 M | 0.2 s | 3 |",
+        "| `perceiver` | 33 | did not learn |  |  | 2.0 M | 0.2 s | 3 |",
+        "| `pooling` |  | not measured |  |  |  |  |  |",
+        "| `e_vit` |  | failed |  |  |  |  |  |",
+        "| *blind* |  | 40.0 | 50.0 | 30.0 |  |  |  |",
+    ]
+    assert "`mlp` over all tokens: 86.0; blind: 40.0." in text
+    assert "- e_vit-T33-seed0: DivergedError: loss is nan" in text
+    assert "0.5 of the samples" in text
+    draw_figure(page, cells, tmp_path / "figure")
+    svg = (tmp_path / "figure.svg").read_text()
+    draw_figure(page, cells, tmp_path / "figure")
+    assert (tmp_path / "figure.svg").read_text() == svg
+
+
+def test_a_table_whose_measure_did_not_learn_does_not_count(page):
+    assert "This table does not count" in table_text(page, [measured("mlp", [0.45, 0.46])])
+    assert "is not known" in table_text(page, [measured("acformer", [0.8])])
+
+
+def test_tables_come_from_the_registries():
+    from acformer.selectors import SELECTORS
+
+    assert [row.name for row in plan_for("table3", "cpu").rows] == list_connectors()
+    rows = plan_for("table4", "gpu", seeds=5)
+    assert rows.scale.seeds == 5
+    for connector in ("acformer", "top_p"):
+        chosen = {row.options["selector"] for row in rows.rows if row.connector == connector}
+        assert chosen == set(SELECTORS)
+    assert {row.connector for table in TABLES.values() for row in table.rows()} <= set(CONNECTORS)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_can_be_built_at_every_budget(table, scale):
+    """DINOv2-S/14 at 168 and at 336 pixels, as the scales' recipes have it."""
+    model = ModelSpec("vision", "text", connector_kwargs={"num_anchors": 16, "depth": 2})
+    side = {"cpu": 12, "gpu": 24}[scale.name]
+    geometry = Geometry(384, 64, (side, side), 1)
+    for budget in scale.budgets:
+        for row in TABLES[table].rows():
+            options = row_options(row, model, scale.sizes, geometry, budget)
+            with torch.device("meta"):
+                connector = build_connector(row.connector, geometry, **options)
+            # Grids of whole blocks come as near as they can: 36 for 33, 64 for 65 or 16 for 17.
+            full = side * side
+            assert connector.num_tokens in {full, full + 1} or abs(connector.num_tokens - budget) <= max(3, budget / 8)
+            json.dumps(options)
+
+
+def test_stacks_take_the_recipes_sizes_and_others_their_own():
+    model = ModelSpec("vision", "text", connector_kwargs={"num_anchors": 16, "depth": 2})
+    geometry = Geometry(384, 64, (16, 16), 1)
+    sizes = {"q_former": {"depth": 3}}
+    options = {name: row_options(Row(name, name), model, sizes, geometry, 33) for name in CONNECTORS}
+    assert options["acformer"] == {"num_anchors": 32, "depth": 2}
+    assert options["perceiver"] == {"num_queries": 33, "depth": 2}
+    assert options["q_former"] == {"num_queries": 33, "depth": 3}
+    assert "depth" not in options["c_abstractor"]  # another thing of the same name
+    assert options["mlp"] == {}
+
+
+def test_a_gpu_scale_needs_one(tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    with pytest.raises(UsageError, match="scale 'gpu' is for a GPU"):
+        reproduce(plan_for("table3", "gpu"), tmp_path)
