@@ -438,8 +438,9 @@ def test_tables_come_from_the_registries():
     rows = plan_for("table4", "gpu", seeds=5)
     assert rows.scale.seeds == 5
     for connector in ("acformer", "top_p"):
-        chosen = {row.options["selector"] for row in rows.rows if row.connector == connector}
-        assert chosen == set(SELECTORS)
+        options = [row.options for row in rows.rows if row.connector == connector]
+        assert {chosen["selector"] for chosen in options if "selector" in chosen} == set(SELECTORS)
+        assert {"positions": True} in options
     assert {row.connector for table in TABLES.values() for row in table.rows()} <= set(CONNECTORS)
 
 

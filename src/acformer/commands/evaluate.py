@@ -13,7 +13,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("eval", parents=[common], help="answer a data set and score the answers")
     add_model(sub, max_new_tokens=16)
-    sub.add_argument("--data", default="easy-vqa", help="easy-vqa or a LLaVA / chat JSON file (default easy-vqa)")
+    names = "easy-vqa, openmoji-scenes[-small][:PART], or a LLaVA / chat JSON file (default easy-vqa)"
+    sub.add_argument("--data", default="easy-vqa", help=names)
     sub.add_argument("--out", type=Path, help="where predictions and scores go (default MODEL/eval)")
     sub.add_argument("--limit", type=positive, help="only the first questions")
     sub.add_argument("--batch-size", type=positive, default=32)

@@ -115,12 +115,14 @@ def every_connector() -> tuple[Row, ...]:
 
 
 def every_selector() -> tuple[Row, ...]:
-    """Table 4: every selector's tokens direct in, and as queries; beside them the other ways of few tokens, and all."""
+    """Table 4: every selector's tokens direct in, and as queries; anchors with their places, or drawn; all tokens."""
     from acformer.selectors import SELECTORS
 
     pairs = [(connector, selector) for connector in ("acformer", "top_p") for selector in sorted(SELECTORS)]
     selected = (Row(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
-    return (*selected, *(Row(name, name) for name in ("e_vit", "mlp")))
+    placed = (Row(f"{connector}-positions", connector, {"positions": True}) for connector in ("acformer", "top_p"))
+    drawn = Row("acformer-stochastic", "acformer", {"stochastic_anchors": True})
+    return (*selected, *placed, drawn, *(Row(name, name) for name in ("e_vit", "mlp")))
 
 
 def few_connectors() -> tuple[Row, ...]:
