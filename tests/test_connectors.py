@@ -20,7 +20,6 @@ from acformer.connectors import (
 )
 from acformer.connectors.blocks import CrossAttentionStack, FeedForward, Projector
 from acformer.connectors.merging import fuse_rest, merge_rest
-from acformer.connectors.positions import GridPositions, position_code
 from acformer.connectors.queries import FusedQueries, LearnedQueries, PooledQueries, SelectedQueries
 from acformer.connectors.stack import StackConnector
 from acformer.errors import UsageError
@@ -573,38 +572,3 @@ class TestStack:
     @pytest.mark.parametrize("hidden", range(1, 100, 7))
     def test_feed_forward_width_comes_back_from_its_ratio(self, hidden):
         assert FeedForward(49, hidden / 49)[1].out_features == hidden
-
-
-class TestPositions:
-    @pytest.mark.parametrize("name", ["acformer", "top_p"])
-    def test_starts_without_effect(self, name, make_features):
-        """Then every weight learns, the gain among them, and the same patch elsewhere gives another token."""
-        connector, features = small(name, positions=True), make_features(CLIP)
-        plain = small(name)
-        plain.load_state_dict({key: value for key, value in connector.state_dict().items() if "gain" not in key})
-        assert torch.equal(connector(features), plain(features))
-        connector(features).square().sum().backward()
-        assert bool(connector.positions.gain.grad.all())
-        with torch.no_grad():
-            connector.positions.gain.fill_(0.5)
-        assert not torch.allclose(connector(features), plain(features), atol=1e-3)
-
-    def test_cls_and_registers_have_no_place(self, make_features):
-        positions, features = GridPositions(GEOMETRIES["registers"]), make_features(GEOMETRIES["registers"])
-        with torch.no_grad():
-            positions.gain.fill_(1)
-        placed = positions(features)
-        assert torch.equal(placed.tokens[:, :5], features.tokens[:, :5])
-        torch.testing.assert_close(placed.patches, features.patches + position_code((6, 6), 32))
-
-    @pytest.mark.parametrize("grid", [(6, 6), (3, 8), (24, 24)])
-    def test_every_place_has_its_own_code(self, grid):
-        """The nearest two of 24 x 24 are 2.38 apart (D = 32, where a code has length 4)."""
-        code = position_code(grid, 32)
-        apart = torch.cdist(code, code) + 10 * torch.eye(len(code))
-        assert code.shape == (grid[0] * grid[1], 32)
-        assert apart.min() > 2.3
-
-    def test_a_width_that_does_not_fit(self):
-        with pytest.raises(UsageError, match="divisible by 4, not 30"):
-            small("acformer", Geometry(30, 24, (6, 6), 1), positions=True)

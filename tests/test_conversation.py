@@ -109,7 +109,12 @@ def by_hand(processor, messages, for_answer: bool) -> list[int]:
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
 common = st.sampled_from([" ", "\n", "\n\n\n", "  ", "red", "It is", "<", ">", "USER:", "ASSISTANT:", "é", "\u2028"])
 spellings = st.sampled_from([*SPECIALS, "<|im_start|>assistant\n", "<<image>", "</</s>", "\U0010fffd"])
-plain_texts = st.lists(st.one_of(common, st.text(characters, max_size=6)), max_size=5).map("".join)
+# Hypothesis also tries the strings of all modules that are imported, <s> among them: what is plain must be said.
+plain_texts = (
+    st.lists(st.one_of(common, st.text(characters, max_size=6)), max_size=5)
+    .map("".join)
+    .filter(lambda text: not any(special in text for special in SPECIALS))
+)
 any_texts = st.lists(st.one_of(common, spellings, st.text(characters, max_size=6)), max_size=5).map("".join)
 
 

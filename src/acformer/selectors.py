@@ -127,14 +127,16 @@ def spread_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
 def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     """Patches as unlike each other as a greedy search finds them: max-min distance (DivPrune, Alvar et al. 2025).
 
-    d(i, j) = 1 - cos(R_i, R_j) in float32. The first patch is the one whose nearest neighbour is farthest; then
-    always the one whose nearest chosen patch is farthest. `num` steps in a row, each for the whole batch at once.
+    d(i, j) = 1 - cos(R_i, R_j) in float32 (DivPrune: of the projected tokens). The first patch is the one whose
+    nearest neighbour is farthest; then always the one whose nearest chosen patch is farthest. `num` steps in a row,
+    each for the whole batch at once.
     """
     patches = F.normalize(features.patches.detach().float(), dim=-1)
     batch, num_patches, _ = patches.shape
     _check_num(num, num_patches)
     self_pairs = torch.eye(num_patches, dtype=torch.bool, device=patches.device)
-    distance = 1 - patches @ patches.mT
+    with torch.autocast(patches.device.type, enabled=False):  # it would round the product, and so the choice
+        distance = 1 - patches @ patches.mT
     nearest = distance.masked_fill(self_pairs, torch.inf).amin(dim=-1)
     best = nearest.argmax(dim=-1, keepdim=True)
     chosen, distance = [best], distance.masked_fill(self_pairs, -torch.inf)  # -inf: never chosen again

@@ -32,7 +32,6 @@ from acformer.features import FeatureCache
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.recipe import STAGES, Recipe, StageSpec, coerce
 from acformer.trainer import AcFormerTrainer, Guard, freeze
-from acformer.trainer import module_parameters as module_parameters  # for reproduce/execute.py
 
 logger = logging.getLogger("acformer")
 

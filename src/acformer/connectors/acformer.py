@@ -11,8 +11,7 @@ class AcFormerConnector(StackConnector):
     No weight depends on the number of anchors, so one checkpoint serves any budget. Differs from the release in
     returning exactly `num_anchors` anchors where the heads do not divide it, and in ordering ties (`anchors.py`).
     Not in the paper: another `selector` than the anchors, and `stochastic_anchors`, which draws them while training
-    (Gumbel top-k on the [CLS] attention) as a fair match for `random_pr`, whose queries vary by nature; and
-    `positions`, which adds to every patch where it was.
+    (Gumbel top-k on the [CLS] attention) as a fair match for `random_pr`, whose queries vary by nature.
     """
 
     source = SelectedQueries
@@ -24,12 +23,10 @@ class AcFormerConnector(StackConnector):
         num_anchors: int = 144,
         selector: str = "anchors",
         stochastic_anchors: bool = False,
-        positions: bool = False,
         depth: int = 6,
         num_heads: int = 8,
         head_dim: int = 64,
         ff_mult: float = 4,
     ):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
-        sizes = {"depth": depth, "num_heads": num_heads, "head_dim": head_dim}
-        super().__init__(geometry, queries, **sizes, ff_mult=ff_mult, positions=positions)
+        super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)

@@ -19,7 +19,7 @@ def merge_rest(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"], num: 
 
     Every floor(i (N - K) / num)-th of the rest is a target; each other patch joins its most similar target (cosine);
     a token is the mean of a target and those that joined it. Differs from VisionZip in comparing R_v, not the
-    encoder's keys, which do not leave it.
+    encoder's keys, which do not leave it; its release adds the mean of those that joined to the target.
     """
     size = patches.shape[1] - index.shape[1]
     free = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device).scatter(1, index, 0)
@@ -27,9 +27,10 @@ def merge_rest(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"], num: 
     target = torch.arange(num, device=patches.device) * size // num
     unit = F.normalize(rest.float(), dim=-1)
     joins_itself = torch.arange(size, device=patches.device).unsqueeze(-1) == target
-    similarity = (unit @ unit[:, target].mT).masked_fill(joins_itself, torch.inf)
-    members = F.one_hot(similarity.argmax(dim=-1), num).mT.float()
-    return (members @ rest.float() / members.sum(dim=-1, keepdim=True)).to(patches.dtype)
+    with torch.autocast(patches.device.type, enabled=False):  # it would round the products, and so who joins whom
+        similarity = (unit @ unit[:, target].mT).masked_fill(joins_itself, torch.inf)
+        members = F.one_hot(similarity.argmax(dim=-1), num).mT.float()
+        return (members @ rest.float() / members.sum(dim=-1, keepdim=True)).to(patches.dtype)
 
 
 def fuse_rest(
@@ -41,4 +42,5 @@ def fuse_rest(
     """
     weight = weight.float().scatter(1, index, 0).unsqueeze(1)
     total = weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    return (weight / total @ patches.float()).to(patches.dtype)
+    with torch.autocast(patches.device.type, enabled=False):
+        return (weight / total @ patches.float()).to(patches.dtype)

@@ -7,28 +7,17 @@ from torch import Tensor
 
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.blocks import CrossAttentionStack, Projector
-from acformer.connectors.positions import GridPositions
 from acformer.connectors.queries import QuerySource
 from acformer.vision import VisionFeatures
 
 
 class QueryConnector(Connector):
-    """Proj(Queries(R_v)) or, given a stack, Proj(Stack(Queries(R_v), R_v)); subclasses choose the query `source`.
-
-    positions: add the patches' places to their features first (`positions.py`).
-    """
+    """Proj(Queries(R_v)) or, given a stack, Proj(Stack(Queries(R_v), R_v)); subclasses choose the query `source`."""
 
     source: ClassVar[type[QuerySource]]
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        queries: QuerySource,
-        stack: CrossAttentionStack | None = None,
-        positions: bool = False,
-    ):
+    def __init__(self, geometry: Geometry, queries: QuerySource, stack: CrossAttentionStack | None = None):
         super().__init__(geometry)
-        self.positions = GridPositions(geometry) if positions else None
         self.queries = queries
         self.stack = stack
         self.projector = Projector(geometry.vision_hidden_size, geometry.text_hidden_size)
@@ -46,7 +35,6 @@ class QueryConnector(Connector):
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """Queries, which in a stack read all tokens, [CLS] and registers included -> (B, T, E)."""
-        features = features if self.positions is None else self.positions(features)
         queries = self.queries(features, num_tokens)
         return self.projector(queries if self.stack is None else self.stack(queries, features.tokens))
 
@@ -63,7 +51,6 @@ class StackConnector(QueryConnector):
         num_heads: int = 8,
         head_dim: int = 64,
         ff_mult: float = 4,
-        positions: bool = False,
     ):
         stack = CrossAttentionStack(geometry.vision_hidden_size, depth, num_heads, head_dim, ff_mult)
-        super().__init__(geometry, queries, stack, positions)
+        super().__init__(geometry, queries, stack)

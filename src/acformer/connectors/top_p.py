@@ -9,12 +9,10 @@ class TopPConnector(QueryConnector):
     """Proj([CLS], R_v at `num_anchors` patches): T = num_anchors + 1, the anchors unless told otherwise.
 
     With another `selector`, a trained projector for what VisionZip (`dominant_contextual`), DivPrune (`diverse`) or
-    any other in `selectors.py` keeps. `positions` adds to every patch where it was (not in the paper).
+    any other in `selectors.py` keeps.
     """
 
     source = SelectedQueries
 
-    def __init__(
-        self, geometry: Geometry, *, num_anchors: int = 144, selector: str = "anchors", positions: bool = False
-    ):
-        super().__init__(geometry, SelectedQueries(geometry, num_anchors, selector), positions=positions)
+    def __init__(self, geometry: Geometry, *, num_anchors: int = 144, selector: str = "anchors"):
+        super().__init__(geometry, SelectedQueries(geometry, num_anchors, selector))

@@ -5,6 +5,7 @@ while it works, so that what a killed command left running is waited for and not
 """
 
 import logging
+import math
 import shutil
 import statistics
 import time
@@ -25,11 +26,11 @@ from acformer.data.samples import Sample
 from acformer.download import locked
 from acformer.errors import DataError, DivergedError
 from acformer.evaluate.generate import to_device
-from acformer.evaluate.report import evaluate, evaluation_samples, score_replies
+from acformer.evaluate.report import evaluate, evaluation_samples
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.recipe import Recipe, StageSpec
 from acformer.reproduce.plans import Scale
-from acformer.reproduce.reading import READER, num_parameters, reader_loss, reader_replies, train_reader
+from acformer.reproduce.reading import READER, num_parameters, reader_loss, reader_scores, train_reader
 from acformer.reproduce.records import read_record, write_record
 from acformer.reproduce.runs import Job, Run, Trial, job_path, job_record
 from acformer.reproduce.variants import shortened, with_factor, with_fraction
@@ -70,8 +71,9 @@ class Task:
                 _remove_models(folder)
 
     def fail(self, reason: str) -> None:
-        """Write down that it could not be done."""
-        write_record(job_path(self.results, self.job), {"error": " ".join(reason.split())})
+        """Write down that it could not be done, unless it was."""
+        if job_record(self.results, self.job) is None:
+            write_record(job_path(self.results, self.job), {"error": " ".join(reason.split())})
 
     def recipe(self, run: Run, folder: Path) -> Recipe:
         """The run's recipe, here."""
@@ -89,29 +91,31 @@ def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
     try:
         loss = trial_loss(recipe, search.data, search.limit)
     except DivergedError:
-        loss = None
-    return {"factor": trial.factor, "loss": loss}
+        loss = math.nan
+    return {"factor": trial.factor, "loss": loss if math.isfinite(loss) else None}
 
 
 def trial_loss(recipe: Recipe, data: str, limit: int) -> float:
     """The loss on held-out data of what the recipe trains."""
     if recipe.model.text == READER:
-        learner, _ = train_reader(recipe)
-        return reader_loss(learner, data.partition(":")[2], limit)
+        return reader_loss(train_reader(recipe).learner, data.partition(":")[2], limit)
     parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
     return answer_loss(parts, recipe, evaluation_samples(data, limit))
 
 
 def best_factor(run: Run, results: Path) -> tuple[float, dict[float, float | None]]:
-    """The factor of the lowest loss, and the losses of all; `DataError` where no trial came to one."""
+    """The factor of the lowest loss, and the losses of all (None: diverged); `DataError` where a trial is missing."""
     if not run.trials:
         return run.scale.search.factors[0], {}
-    records = [record for trial in run.trials if (record := job_record(results, trial)) is not None]
-    losses = {record["factor"]: record["loss"] for record in records}
+    records = {trial: job_record(results, trial) for trial in run.trials}
+    for trial, record in records.items():
+        if record is None:  # chosen among fewer, the row would be at a disadvantage
+            reason = read_record(job_path(results, trial)).get("error", "not made")
+            raise DataError(f"the trial {trial.name} failed, so no learning rate is chosen: {reason}")
+    losses = {record["factor"]: record["loss"] for record in records.values() if record is not None}
     finite = {factor: loss for factor, loss in losses.items() if loss is not None}
     if not finite:
-        reasons = {read_record(job_path(results, trial)).get("error", "diverged") for trial in run.trials}
-        raise DataError(f"no trial of {run.trials_name} gave a learning rate: {'; '.join(sorted(reasons))}")
+        raise DataError(f"every trial of {run.trials_name} diverged")
     return min(finite, key=lambda factor: finite[factor]), losses
 
 
@@ -155,12 +159,12 @@ def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
 
 def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
     """The same of a connector whose tokens the heads read."""
-    learner, seconds = train_reader(recipe)
-    replies = {data: reader_replies(learner, data, scale.limit) for data in scale.data}
+    trained = train_reader(recipe)
     return {
-        "scores": {data: score_replies(data, said) for data, said in replies.items()},
-        "num_parameters": num_parameters(learner),
-        "step_seconds": round(statistics.median(seconds), 5),
+        "scores": {data: reader_scores(trained.learner, data, scale.limit) for data in scale.data},
+        "num_parameters": num_parameters(trained.learner),
+        "step_seconds": round(statistics.median(trained.seconds), 5),
+        "loss_curve": trained.curve(),
     }
 
 

@@ -1,7 +1,7 @@
 """A table as a picture: accuracy of every row against the time of its training step; and against the samples.
 
 The paper's Figure 1 has the step time as its axis; here every table has its figure, with the interval over seeds and
-the blind level, and a second panel where rows were trained with fewer samples.
+the blind level, and a second panel where rows were trained with fewer samples. Rows that did not learn are left out.
 """
 
 import math
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from acformer.reproduce.plans import Plan
 from acformer.reproduce.tables import AVERAGE, Measured, mean_interval, shown_scores
@@ -22,24 +23,29 @@ if TYPE_CHECKING:
 def draw_figure(plan: Plan, cells: Sequence[Measured], path: Path) -> None:
     """Write `<path>.png` and `<path>.svg` of the first data set; nothing as long as nothing is measured."""
     data = plan.scale.data[0]
-    full = [cell for cell in cells if cell.records and cell.fraction == 1]
+    known = [cell for cell in cells if cell.records]
+    full = [cell for cell in known if cell.fraction == 1]
     if not full:
         return
     names = list(dict.fromkeys(cell.name for cell in cells))
     blind = 100 * shown_scores(full[0].records[0]["scores"][data])[AVERAGE].blind
     figure = Figure(figsize=(12 if plan.fractions else 8, 5), layout="constrained")
     panels = figure.subplots(1, 2 if plan.fractions else 1, sharey=True, squeeze=False)[0]
-    _lines(panels[0], names, full, data, "step_seconds")
+    shown = [cell for cell in known if cell.learned(data)]
+    _lines(panels[0], names, [cell for cell in shown if cell.fraction == 1], data, "step_seconds")
     panels[0].set(xscale="log", xlabel="seconds a training step (median)", ylabel="score, average of families, %")
+    panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[0].xaxis.set_major_formatter("{x:g}")
     panels[0].xaxis.set_minor_formatter("{x:g}")
     if plan.fractions:
-        scaled = [cell for cell in cells if cell.records and cell.budget == plan.scale.scaling_budget]
+        scaled = [cell for cell in shown if cell.budget == plan.scale.scaling_budget]
         _lines(panels[1], names, scaled, data, "fraction")
         panels[1].set(xscale="log", xlabel="share of the training samples")
         panels[1].set_xticks([*plan.fractions, 1.0], [f"{share:g}" for share in (*plan.fractions, 1.0)])
         panels[1].set_xticks([], minor=True)
     for panel in panels:
+        panel.xaxis.set_minor_formatter(NullFormatter())  # between the decades the labels would overlap
         panel.axhline(blind, color="black", linestyle=":", linewidth=1, label="blind")
         panel.grid(alpha=0.3)
     panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small", frameon=False)
@@ -57,5 +63,13 @@ def _lines(axes: "Axes", names: Sequence[str], cells: Sequence[Measured], data: 
         if points:
             x, mean, half = zip(*points, strict=True)
             errors = [0.0 if math.isnan(h) else 100 * h for h in half]
-            mark = f"C{number % 10}{marks[(number // 10 + number) % len(marks)]}-"
-            axes.errorbar(x, [100 * m for m in mean], yerr=errors, fmt=mark, label=name, capsize=3, markersize=5)
+            axes.errorbar(
+                x,
+                [100 * m for m in mean],
+                yerr=errors,
+                fmt=f"{marks[number % len(marks)]}-",
+                color=colormaps["turbo"](number / max(1, len(names) - 1)),
+                label=name,
+                capsize=3,
+                markersize=6,
+            )

@@ -1,8 +1,9 @@
 """The reader in place of a language model: trained with the connector from the recipe, then asked the same questions.
 
 A recipe whose `model.text` is `scene-reader` is trained here: the connector and `SceneReader` side by side, in one
-stage, on scenes as they are (no conversation). Of `training` it takes max_steps, per_device_train_batch_size,
-warmup_steps and bf16; the reader's learning rate is that of `language_model`.
+stage (`finetune`), on scenes as they are (no conversation). Of `training` it takes max_steps and
+per_device_train_batch_size, which must be there, warmup_steps and bf16; the reader's learning rate is that of
+`language_model`.
 """
 
 import math
@@ -11,32 +12,34 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from acformer.build import parse_device, square_image_processor
+from acformer.build import parse_device, parse_dtype, square_image_processor
 from acformer.connectors import Connector, build_connector
 from acformer.connectors.initialise import initialise
 from acformer.data.collate import stack_features
 from acformer.embedded import cache_dir, resolve
-from acformer.errors import DivergedError
+from acformer.errors import DivergedError, UsageError, unknown_name
 from acformer.evaluate.families import Reply
-from acformer.evaluate.report import as_reply
+from acformer.evaluate.report import as_reply, score_replies
 from acformer.features import FeatureCache
-from acformer.recipe import Recipe
+from acformer.recipe import Recipe, StageSpec
 from acformer.reproduce.runs import geometry_of
 from acformer.scenes.answers import SceneAnswers, split
 from acformer.scenes.dataset import draw_missing, picture_path, undrawn_samples
 from acformer.scenes.facts import Facts, facts_of
 from acformer.scenes.layout import make_scene
 from acformer.scenes.levels import LEVELS, Level
+from acformer.scenes.prior import prior_said
 from acformer.scenes.questions import ask
 from acformer.scenes.reader import SceneReader
 from acformer.vision import VisionFeatures, load_vision_encoder, resized
 
 READER = "scene-reader"
-WIDTH = 128  # E, of the tokens that the heads read
+WIDTH = 384  # E, of the tokens that the heads read: DINOv2-S's own, so that no projector is a bottleneck
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,19 @@ class Learner:
     device: torch.device
     bf16: bool
 
-    def read(self, scenes: list[tuple[str, int]]) -> dict[str, Tensor]:
-        """What the heads say of (split, number) scenes, whose features are in the cache."""
+    def features(self, scenes: list[tuple[str, int]]) -> VisionFeatures:
+        """What the encoder made of (split, number) scenes, from the cache."""
         found = stack_features([picture_path(self.level, *scene) for scene in scenes], self.cache)
-        sizes = self.connector.geometry
-        features = VisionFeatures(
+        return VisionFeatures(
             found["tokens"].float().to(self.device),
             found["cls_attention"].to(self.device) if "cls_attention" in found else None,
             self.connector.input_grid,
-            sizes.num_prefix_tokens,
+            self.connector.geometry.num_prefix_tokens,
             found["levels"].float().to(self.device) if "levels" in found else None,
         )
+
+    def read(self, features: VisionFeatures) -> dict[str, Tensor]:
+        """What the heads say of the pictures."""
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             return self.reader(self.connector(features))
 
@@ -74,16 +79,28 @@ class Learner:
         self.cache.add([picture_path(self.level, split, number) for number in numbers], progress=False)
 
 
-def train_reader(recipe: Recipe) -> tuple[Learner, list[float]]:
-    """A learner trained as the recipe says, and the seconds of each step (forward, backward, update).
+class Trained(NamedTuple):
+    """A learner; of each step the seconds (forward, backward and update, without reading the features) and the loss."""
+
+    learner: Learner
+    seconds: list[float]
+    losses: list[float]
+
+    def curve(self, points: int = 15) -> list[float]:
+        """The mean loss of each of so many stretches of the training: whether it had gone flat."""
+        return [round(float(stretch.mean()), 3) for stretch in torch.tensor(self.losses).chunk(points)]
+
+
+def train_reader(recipe: Recipe) -> Trained:
+    """A learner trained as the recipe says.
 
     Raises:
+        UsageError: a recipe that heads cannot be trained by.
         DivergedError: a loss is not finite.
     """
-    spec = recipe.finetune
-    assert spec is not None
+    spec = _only_stage(recipe)
     torch.manual_seed(recipe.seed)
-    learner = _new_learner(recipe)
+    learner = _new_learner(recipe, spec)
     level = learner.level
     count = min(spec.max_samples or level.scenes[0], level.scenes[0])
     learner.see("train", list(range(count)))
@@ -95,11 +112,12 @@ def train_reader(recipe: Recipe) -> tuple[Learner, list[float]]:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     steps, size = spec.training["max_steps"], spec.training["per_device_train_batch_size"]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(steps, spec.training.get("warmup_steps", 0)))
-    seconds = []
+    seconds, losses = [], []
     for step, chosen in zip(range(steps), _batches(count, size, recipe.seed), strict=False):
         target = Facts(*(value[chosen].to(learner.device) for value in facts))
+        features = learner.features([("train", number) for number in chosen.tolist()])
         begin = time.perf_counter()
-        loss = learner.reader.loss(learner.read([("train", number) for number in chosen.tolist()]), target)
+        loss = learner.reader.loss(learner.read(features), target)
         if not torch.isfinite(loss):
             raise DivergedError(f"loss is {loss.item()} at step {step + 1}")
         optimizer.zero_grad()
@@ -107,9 +125,11 @@ def train_reader(recipe: Recipe) -> tuple[Learner, list[float]]:
         nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        losses.append(loss.item())  # waits for the device, so that the step is timed whole
         seconds.append(time.perf_counter() - begin)
-    learner.connector.eval(), learner.reader.eval()
-    return learner, seconds
+    learner.connector.eval()
+    learner.reader.eval()
+    return Trained(learner, seconds, losses)
 
 
 def reader_loss(learner: Learner, split_name: str, limit: int) -> float:
@@ -121,7 +141,7 @@ def reader_loss(learner: Learner, split_name: str, limit: int) -> float:
         for start in range(0, len(numbers), 32):
             chosen = numbers[start : start + 32]
             facts = facts_of([make_scene(learner.level, split_name, number) for number in chosen])
-            said = learner.read([(split_name, number) for number in chosen])
+            said = learner.read(learner.features([(split_name, number) for number in chosen]))
             losses.append(float(learner.reader.loss(said, Facts(*(value.to(learner.device) for value in facts)))))
     return statistics.fmean(losses)
 
@@ -136,19 +156,57 @@ def reader_replies(learner: Learner, data: str, limit: int | None = None) -> lis
     with torch.inference_mode():
         for start in range(0, len(numbers), 32):
             chosen = numbers[start : start + 32]
-            for number, said in zip(chosen, split(learner.read([(part, n) for n in chosen])), strict=True):
+            read = learner.read(learner.features([(part, number) for number in chosen]))
+            for number, said in zip(chosen, split(read), strict=True):
                 answers = SceneAnswers(learner.level, said)
-                for question in ask(make_scene(learner.level, part, number), thorough=True):
+                for question in ask(make_scene(learner.level, part, number), thorough=part != "train"):
                     replies.append(replace(as_reply(next(samples)), prediction=answers.answer(question)))
     return replies
 
 
-def _new_learner(recipe: Recipe) -> Learner:
-    spec, level = recipe.model, LEVELS[recipe.finetune.data.partition(":")[0]]  # type: ignore[union-attr]
+def reader_scores(learner: Learner, data: str, limit: int | None = None) -> dict[str, Any]:
+    """As `evaluate` has them; *blind* is the better of the most frequent answers and of heads that see nothing."""
+    replies = reader_replies(learner, data, limit)
+    scores, prior = score_replies(data, replies), score_replies(data, prior_replies(learner.level, data, replies))
+    for name, family in scores["families"].items():
+        family["blind"] = max(family["blind"], prior["families"][name]["score"])
+    scores["average"]["blind"] = statistics.fmean(family["blind"] for family in scores["families"].values())
+    return scores
+
+
+def prior_replies(level: Level, data: str, replies: list[Reply]) -> list[Reply]:
+    """The same questions answered by heads that say what is frequent."""
+    answers, part = SceneAnswers(level, prior_said(level)), data.partition(":")[2]
+    questions = (
+        question
+        for number in range(level.num_scenes(part))
+        for question in ask(make_scene(level, part, number), thorough=part != "train")
+    )
+    return [replace(reply, prediction=answers.answer(next(questions))) for reply in replies]
+
+
+def _only_stage(recipe: Recipe) -> StageSpec:
+    spec, say = recipe.finetune, f"recipe {recipe.name!r}, model.text {READER}:"
+    if spec is None or recipe.pretrain is not None:
+        raise UsageError(f"{say} it learns in one stage; give finetune and pretrain: null")
+    if (name := spec.data.partition(":")[0]) not in LEVELS:
+        raise unknown_name("scenes in finetune.data", name, LEVELS)
+    for section, keys in (
+        ("learning_rates", ("connector", "language_model")),
+        ("training", ("max_steps", "per_device_train_batch_size")),
+    ):
+        if missing := [key for key in keys if key not in getattr(spec, section)]:
+            raise UsageError(f"{say} finetune.{section}.{missing[0]} is missing")
+    return spec
+
+
+def _new_learner(recipe: Recipe, stage: StageSpec) -> Learner:
+    spec, level = recipe.model, LEVELS[stage.data.partition(":")[0]]
     device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=WIDTH)
     connector = build_connector(spec.connector, geometry, **spec.connector_kwargs)
     initialise(connector)
-    encoder = load_vision_encoder(resolve(spec.vision), spec.feature_layer, levels=connector.levels)
+    dtype = parse_dtype(spec.dtype)
+    encoder = load_vision_encoder(resolve(spec.vision), spec.feature_layer, levels=connector.levels, dtype=dtype)
     encoder.to(device)
     config, grid = encoder.tower.config, connector.input_grid
 
@@ -159,7 +217,7 @@ def _new_learner(recipe: Recipe) -> Learner:
     folder = cache_dir() / "features"
     cache = FeatureCache(folder, encode, encoder.tower, processor, levels=connector.levels, input_grid=grid)
     reader = SceneReader(level, connector.num_tokens, WIDTH)
-    bf16 = bool(recipe.finetune.training.get("bf16", False))  # type: ignore[union-attr]
+    bf16 = bool(stage.training.get("bf16", False))
     return Learner(level, connector.to(device), reader.to(device), cache, device, bf16)
 
 
@@ -168,12 +226,14 @@ def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=generator)
-        yield from order.split(size) if count >= size else [order]
+        yield from order.split(size)
 
 
-def _cosine(steps: int, warmup: int) -> Callable[[int], float]:
+def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    rising = warmup * steps if warmup < 1 else warmup  # as `TrainingArguments` reads it
+
     def factor(step: int) -> float:
-        return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return min(1.0, (step + 1) / max(1, rising)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
     return factor
 

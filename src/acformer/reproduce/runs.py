@@ -21,6 +21,8 @@ from acformer.errors import AcFormerError
 from acformer.recipe import ModelSpec, Recipe, load_recipe
 from acformer.reproduce.plans import Plan, Row, Scale
 from acformer.reproduce.records import made_record
+from acformer.scenes.levels import VERSION
+from acformer.scenes.reader import READER_VERSION
 from acformer.vision import load_tower, patch_grid
 
 
@@ -58,7 +60,7 @@ class Run:
         """Two runs of one fingerprint give the same scores, but for the noise of the machine."""
         evaluation = {"data": self.scale.data, "limit": self.scale.limit, "search": asdict(self.scale.search)}
         training = {"recipe": asdict(self.recipe), "fraction": self.fraction, "start": self.start}
-        return fingerprint({**training, **evaluation})
+        return fingerprint({**training, **evaluation, **what_decides(self.recipe)})
 
     @property
     def trials(self) -> tuple["Trial", ...]:
@@ -95,7 +97,9 @@ class Trial:
     def fingerprint(self) -> str:
         """The same for every seed and share of the samples."""
         recipe, search = asdict(replace(self.run.recipe, seed=0)), asdict(self.run.scale.search)
-        return fingerprint({"recipe": recipe, "factor": self.factor, "search": search, "start": self.run.start})
+        del search["factors"]  # what else is tried does not change this one
+        tried = {"recipe": recipe, "factor": self.factor, "search": search, "start": self.run.start}
+        return fingerprint({**tried, **what_decides(self.run.recipe)})
 
 
 Job = Run | Trial
@@ -125,6 +129,12 @@ class Cell:
 def fingerprint(value: Any) -> str:
     """Twelve hex digits for anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def what_decides(recipe: Recipe) -> dict[str, Any]:
+    """What decides a score and is not in the recipe: the connector's defaults, the versions of scenes and heads."""
+    options = {key: str(value) for key, value in connector_options(recipe.model.connector).items()}
+    return {"defaults": options, "scenes": VERSION, "reader": READER_VERSION}
 
 
 def start_fingerprint(plan: Plan) -> str:

@@ -104,7 +104,9 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"row for {scale.search.fraction:g} of the steps. Scores in percent, mean and 95 % interval over seeds "
         "(Student's t, where there are several); *average* is the mean of the families, *blind* the most frequent "
         "answers without a look at the picture. *step* is the median time of a training step, beside the other runs, "
-        "on the machine below.",
+        "on the machine below; *rate* is the factor of the recipe's learning rate that was best, with < or > where it "
+        "is the lowest or highest tried and a better one may lie beyond.",
+        scale.note,
     ]
     for data in scale.data:
         parts += [f"## {data}", _verdict(cells, data)]
@@ -124,24 +126,40 @@ def _table(cells: Sequence[Measured], data: str) -> str:
     known = [cell for cell in cells if cell.records]
     columns = shown_scores(known[0].records[0]["scores"][data]) if known else {AVERAGE: Score(math.nan)}
     blind = ["" if math.isnan(score.blind) else f"{100 * score.blind:.1f}" for score in columns.values()]
-    head = ["connector", "T", *columns, "weights", "step", "seeds"]
+    head = ["connector", "T", *columns, "rate", "weights", "step", "seeds"]
     ranked = sorted(known, key=lambda cell: -mean_interval(cell.values(data))[0])
     ranked.sort(key=lambda cell: not cell.learned(data))
     lines = [_line(cell, data, list(columns)) for cell in ranked]
     for cell in cells:
         if not cell.records:
             lines.append([f"`{cell.name}`", "", "failed" if cell.errors else "not measured", *[""] * (len(head) - 3)])
-    lines.append(["*blind*", "", *blind, "", "", ""])
+    lines.append(["*blind*", "", *blind, "", "", "", ""])
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def _line(cell: Measured, data: str, columns: Sequence[str]) -> list[str]:
     scores = [percent(cell.values(data, column)) for column in columns]
     if not cell.learned(data):
-        scores = ["did not learn", *[""] * (len(columns) - 1)]
+        scores = [f"did not learn ({scores[0]})", *[""] * (len(columns) - 1)]
     weights, step = cell.median("num_parameters") / 1e6, cell.median("step_seconds")
     tokens = f"{cell.median('num_tokens'):.0f}"
-    return [f"`{cell.name}`", tokens, *scores, f"{weights:.1f} M", f"{step:.3g} s", str(len(cell.records))]
+    rates = sorted({_rate(record) for record in cell.records})
+    return [
+        f"`{cell.name}`",
+        tokens,
+        *scores,
+        *[", ".join(rates)],
+        f"{weights:.1f} M",
+        f"{step:.3g} s",
+        str(len(cell.records)),
+    ]
+
+
+def _rate(record: dict[str, Any]) -> str:
+    """`0.3`; `<0.03` or `>10` where the search ended at the end of its range."""
+    tried, factor = sorted(record["losses_of_factors"], key=float), record["factor"]
+    beyond = "" if len(tried) < 2 else {float(tried[0]): "<", float(tried[-1]): ">"}.get(factor, "")
+    return f"{beyond}{factor:g}"
 
 
 def _verdict(cells: Sequence[Measured], data: str) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from acformer.scenes.facts import Facts, entries
 from acformer.scenes.levels import Level
 
+READER_VERSION = 2  # of heads, losses and the rules of `answers.py`: other scores, another number
+
 
 class SceneReader(nn.Module):
     """(B, T, E) visual tokens -> what is there. W = `width` of the heads.
@@ -59,10 +61,15 @@ class SceneReader(nn.Module):
         there, alone = facts.counts > 0, ~facts.places[..., 0].isnan()
         sized = ~facts.sizes.isnan()
         present = F.binary_cross_entropy_with_logits(said["present"], there.float(), reduction="sum") / len(there)
-        place = (said["place"] - facts.places)[alone].abs().mean()
-        size = (said["size"] - facts.sizes)[sized].abs().mean()
+        place = _mean((said["place"] - facts.places)[alone].abs())
+        size = _mean((said["size"] - facts.sizes)[sized].abs())
         nouns = there.clone()
         nouns[:, self.num_nouns :] = False
         count = F.cross_entropy(said["count"][nouns], facts.counts[nouns] - 1)
         total = F.cross_entropy(said["total"], facts.totals - self.lowest)
         return present + 4 * place + 4 * size + count + total
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 of none: a few scenes may hold nothing that is there once."""
+    return values.mean() if values.numel() else values.sum()
