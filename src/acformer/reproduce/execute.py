@@ -107,12 +107,13 @@ def best_factor(run: Run, results: Path) -> tuple[float, dict[float, float | Non
     """The factor of the lowest loss, and the losses of all (None: diverged); `DataError` where a trial is missing."""
     if not run.trials:
         return run.scale.search.factors[0], {}
-    records = {trial: job_record(results, trial) for trial in run.trials}
-    for trial, record in records.items():
+    losses: dict[float, float | None] = {}
+    for trial in run.trials:
+        record = job_record(results, trial)
         if record is None:  # chosen among fewer, the row would be at a disadvantage
             reason = read_record(job_path(results, trial)).get("error", "not made")
             raise DataError(f"the trial {trial.name} failed, so no learning rate is chosen: {reason}")
-    losses = {record["factor"]: record["loss"] for record in records.values() if record is not None}
+        losses[record["factor"]] = record["loss"]
     finite = {factor: loss for factor, loss in losses.items() if loss is not None}
     if not finite:
         raise DataError(f"every trial of {run.trials_name} diverged")
