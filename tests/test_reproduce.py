@@ -381,9 +381,16 @@ def record(accuracy, blind=0.4, **more):
         name: {"score": score, "interval": [score - 0.02, score + 0.02], "blind": blindly}
         for name, (score, blindly) in families.items()
     }
-    values = {"num_tokens": 33, "num_parameters": 2e6, "step_seconds": 0.2, "fraction": 1.0, **more}
+    values = {"num_tokens": 33, "num_parameters": 2e6, "step_seconds": 0.2, "fraction": 1.0}
+    search = {"factor": 1.0, "losses_of_factors": {"0.3": 2.0, "1.0": 1.0, "3.0": None}}
     where = {"device": "cpu", "machine": "here", "torch": "2", "transformers": "5", "commit": "abc"}
-    return {"scores": {"d": {"average": scores.pop("average"), "families": scores}}, **values, **where}
+    return {
+        "scores": {"d": {"average": scores.pop("average"), "families": scores}},
+        **values,
+        **search,
+        **where,
+        **more,
+    }
 
 
 def measured(name, accuracies, fraction=1.0, **more):
@@ -398,9 +405,9 @@ def page():
 
 def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     cells = [
-        measured("perceiver", [0.45, 0.55, 0.65]),  # 50.0 on average, far from sure that it is above 40
+        measured("perceiver", [0.45, 0.55, 0.65], factor=0.3),  # 50.0 on average, far from sure that it is above 40
         measured("acformer", [0.84, 0.85, 0.86]),
-        measured("mlp", [0.91]),
+        measured("mlp", [0.91], factor=3.0),
         Measured("pooling", 33, 1.0),
         Measured("e_vit", 33, 1.0, errors=["e_vit-T33-seed0: DivergedError: loss is nan"]),
         measured("acformer", [0.6, 0.7], fraction=0.5),
@@ -408,16 +415,16 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     text = table_text(page, cells)
     table = [line for line in text.split("### 0.5")[0].splitlines() if line.startswith("|")]
     assert table == [
-        "| connector | T | average | exist | read | weights | step | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `mlp` | 33 | 86.0 | 91.0 | 81.0 | 2.0 M | 0.2 s | 1 |",
-        "| `acformer` | 33 | 80.0 ± 2.5 | 85.0 ± 2.5 | 75.0 ± 2.5 | 2.0 M | 0.2 s | 3 |",
-        "| `perceiver` | 33 | did not learn |  |  | 2.0 M | 0.2 s | 3 |",
-        "| `pooling` |  | not measured |  |  |  |  |  |",
-        "| `e_vit` |  | failed |  |  |  |  |  |",
-        "| *blind* |  | 40.0 | 50.0 | 30.0 |  |  |  |",
+        "| connector | T | average | exist | read | rate | weights | step | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `mlp` | 33 | 86.0 | 91.0 | 81.0 | >3 | 2.0 M | 0.2 s | 1 |",
+        "| `acformer` | 33 | 80.0 ± 2.5 | 85.0 ± 2.5 | 75.0 ± 2.5 | 1 | 2.0 M | 0.2 s | 3 |",
+        "| `perceiver` | 33 | did not learn (50.0 ± 24.8) |  |  | <0.3 | 2.0 M | 0.2 s | 3 |",
+        "| `pooling` |  | not measured |  |  |  |  |  |  |",
+        "| `e_vit` |  | failed |  |  |  |  |  |  |",
+        "| *blind* |  | 40.0 | 50.0 | 30.0 |  |  |  |  |",
     ]
-    assert "`mlp` over all tokens: 86.0; blind: 40.0." in text
+    assert "`mlp` over all tokens: 86.0 (aim 85); blind: 40.0 (aim under 40)." in text
     assert "- e_vit-T33-seed0: DivergedError: loss is nan" in text
     assert "0.5 of the samples" in text
     draw_figure(page, cells, tmp_path / "figure")

@@ -26,7 +26,7 @@ from acformer.embedded import resolve
 from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.processing_acformer import IMAGE_TOKEN
-from acformer.recipe import ModelSpec
+from acformer.recipe import READER, ModelSpec
 from acformer.vision import load_tower, loading, truncate
 
 NEW_MODULES = ("model.connector.", "model.fusion.")
@@ -44,6 +44,8 @@ def build_model(
     Raises:
         CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
     """
+    if spec.text == READER:
+        raise UsageError(f"model.text {READER} has no model to train or save: `acformer reproduce` runs such recipes")
     dtype = parse_dtype(spec.dtype)
     tower = load_tower(resolve(spec.vision), dtype)
     if isinstance(spec.text, str):

@@ -22,6 +22,8 @@ import yaml
 from acformer.errors import UsageError, unknown_name
 
 STAGES = ("pretrain", "finetune")
+READER = "scene-reader"
+"""As `model.text`: no language model, small heads read the tokens (`acformer reproduce`)."""
 MODULES = ("vision_tower", "connector", "fusion", "language_model")
 RESERVED = {
     "learning_rate": "give {stage}.learning_rates.MODULE, one rate a module",

@@ -30,8 +30,8 @@ def token_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def nearest_num_tokens(num_tokens: int, grid: tuple[int, int]) -> int:
-    """The T nearest to `num_tokens` with a grid within (h, w) at most twice too flat or too high; the lower of two."""
-    even = [layout for layout in _layouts(grid) if _distortion(layout, grid) <= 2]
+    """The T nearest to `num_tokens` with a grid at most 1.5 times too flat or too high for (h, w); the lower of two."""
+    even = [layout for layout in _layouts(grid) if _distortion(layout, grid) <= 1.5]
     return min((rows * cols for rows, cols in even), key=lambda number: (abs(number - num_tokens), number))
 
 

@@ -28,9 +28,9 @@ from acformer.errors import DataError, DivergedError
 from acformer.evaluate.generate import to_device
 from acformer.evaluate.report import evaluate, evaluation_samples
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.recipe import Recipe, StageSpec
+from acformer.recipe import READER, Recipe, StageSpec
 from acformer.reproduce.plans import Scale
-from acformer.reproduce.reading import READER, num_parameters, reader_loss, reader_scores, train_reader
+from acformer.reproduce.reading import num_parameters, reader_loss, reader_scores, train_reader
 from acformer.reproduce.records import read_record, write_record
 from acformer.reproduce.runs import Job, Run, Trial, job_path, job_record
 from acformer.reproduce.variants import shortened, with_factor, with_fraction
@@ -162,7 +162,10 @@ def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]
     """The same of a connector whose tokens the heads read."""
     trained = train_reader(recipe)
     return {
-        "scores": {data: reader_scores(trained.learner, data, scale.limit) for data in scale.data},
+        "scores": {
+            data: reader_scores(trained.learner, data, folder / f"eval-{number}", scale.limit)
+            for number, data in enumerate(scale.data)
+        },
         "num_parameters": num_parameters(trained.learner),
         "step_seconds": round(statistics.median(trained.seconds), 5),
         "loss_curve": trained.curve(),

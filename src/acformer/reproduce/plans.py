@@ -25,7 +25,8 @@ class Search:
     """How every row finds its learning rate: the same short trials, the lowest loss on held-out data wins.
 
     factors: of the recipe's learning rate of the connector, in every stage. fraction: of the steps of a run.
-    data, limit: the first so many questions of a data set that is not the one of the table. seed: of the trials.
+    data, limit: the first so many questions (for heads: scenes) of another data set than the table's. seed: of the
+    trials.
     """
 
     data: str

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +26,9 @@ from acformer.data.collate import stack_features
 from acformer.embedded import cache_dir, resolve
 from acformer.errors import DivergedError, UsageError, unknown_name
 from acformer.evaluate.families import Reply
-from acformer.evaluate.report import as_reply, score_replies
+from acformer.evaluate.report import as_reply, score_replies, write_predictions
 from acformer.features import FeatureCache
-from acformer.recipe import Recipe, StageSpec
+from acformer.recipe import READER, Recipe, StageSpec
 from acformer.reproduce.runs import geometry_of
 from acformer.scenes.answers import SceneAnswers, split
 from acformer.scenes.dataset import draw_missing, picture_path, undrawn_samples
@@ -38,7 +40,6 @@ from acformer.scenes.questions import ask
 from acformer.scenes.reader import SceneReader
 from acformer.vision import VisionFeatures, load_vision_encoder, resized
 
-READER = "scene-reader"
 WIDTH = 384  # E, of the tokens that the heads read: DINOv2-S's own, so that no projector is a bottleneck
 
 
@@ -164,9 +165,15 @@ def reader_replies(learner: Learner, data: str, limit: int | None = None) -> lis
     return replies
 
 
-def reader_scores(learner: Learner, data: str, limit: int | None = None) -> dict[str, Any]:
-    """As `evaluate` has them; *blind* is the better of the most frequent answers and of heads that see nothing."""
+def reader_scores(learner: Learner, data: str, out: Path, limit: int | None = None) -> dict[str, Any]:
+    """As `evaluate` has them, with `predictions.jsonl` under `out`.
+
+    *Blind* is the better of the most frequent answers and of heads that see nothing (`scenes/prior.py`).
+    """
     replies = reader_replies(learner, data, limit)
+    samples = list(islice(undrawn_samples(learner.level.name, data.partition(":")[2]), len(replies)))
+    out.mkdir(parents=True, exist_ok=True)
+    write_predictions(samples, (reply.prediction for reply in replies), out / "predictions.jsonl")
     scores, prior = score_replies(data, replies), score_replies(data, prior_replies(learner.level, data, replies))
     for name, family in scores["families"].items():
         family["blind"] = max(family["blind"], prior["families"][name]["score"])
@@ -191,6 +198,8 @@ def _only_stage(recipe: Recipe) -> StageSpec:
         raise UsageError(f"{say} it learns in one stage; give finetune and pretrain: null")
     if (name := spec.data.partition(":")[0]) not in LEVELS:
         raise unknown_name("scenes in finetune.data", name, LEVELS)
+    if unknown := set(spec.training) - {"max_steps", "per_device_train_batch_size", "warmup_steps", "bf16"}:
+        raise UsageError(f"{say} finetune.training.{min(unknown)} does nothing here")
     for section, keys in (
         ("learning_rates", ("connector", "language_model")),
         ("training", ("max_steps", "per_device_train_batch_size")),

@@ -43,7 +43,8 @@ def take_over(wanted: Mapping[Path, str], results: Path) -> None:
     found = {}
     for path in sorted(results.glob("*/*/*.json")) if missing else ():
         record = read_record(path)
-        found[record.get("fingerprint")] = record
+        if isinstance(record, dict):  # other JSON may lie there
+            found[record.get("fingerprint")] = record
     for path, mark in missing.items():
         if mark in found:
             write_record(path, found[mark])
