@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from acformer.anchors import select_anchors_reference
+from acformer.connectors.base import Geometry
+from acformer.connectors.queries import SelectedQueries
 from acformer.errors import UsageError
 from acformer.selectors import SELECTORS, own_noise
 from acformer.vision import VisionFeatures
@@ -279,3 +281,16 @@ class TestDiverse:
         patches = torch.eye(4)[[0, 0, 1, 1, 2, 3]][None]
         chosen = SELECTORS["diverse"](features_of(patches), 4)[0].tolist()
         assert chosen == [0, 2, 4, 5], "one of each, the lower of equals"
+
+
+@pytest.mark.parametrize("name", ["diverse", "dominant_contextual"])
+def test_autocast_changes_no_choice(name):
+    """Training under bf16 and evaluation without must read the same patches; features as DINOv2's, half noise."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(8, 145, 64, generator=generator) + torch.randn(64, generator=generator)
+    row = torch.rand(8, 6, 144, generator=generator)
+    features = VisionFeatures(tokens, row, (12, 12), 1)
+    queries = SelectedQueries(Geometry(64, 32, (12, 12), 1), 36, name).eval()
+    plain = queries(features, 37)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(queries(features, 37), plain)

@@ -8,6 +8,7 @@ index, the result is in raster order, and nothing waits for the device (on the C
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -135,7 +136,7 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     batch, num_patches, _ = patches.shape
     _check_num(num, num_patches)
     self_pairs = torch.eye(num_patches, dtype=torch.bool, device=patches.device)
-    with torch.autocast(patches.device.type, enabled=False):  # it would round the product, and so the choice
+    with unrounded(patches.device):
         distance = 1 - patches @ patches.mT
     nearest = distance.masked_fill(self_pairs, torch.inf).amin(dim=-1)
     best = nearest.argmax(dim=-1, keepdim=True)
@@ -147,6 +148,11 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
         best = nearest.argmax(dim=-1, keepdim=True)
         chosen.append(best)
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
+
+
+def unrounded(device: torch.device) -> AbstractContextManager:
+    """Where products of matrices keep their dtype: autocast would round them, and so change what is chosen."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _check_num(num: int, num_patches: int) -> None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from acformer.selectors import unrounded
+
 
 def take(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     """The patches at an image's own indices."""
@@ -27,7 +29,7 @@ def merge_rest(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"], num: 
     target = torch.arange(num, device=patches.device) * size // num
     unit = F.normalize(rest.float(), dim=-1)
     joins_itself = torch.arange(size, device=patches.device).unsqueeze(-1) == target
-    with torch.autocast(patches.device.type, enabled=False):  # it would round the products, and so who joins whom
+    with unrounded(patches.device):
         similarity = (unit @ unit[:, target].mT).masked_fill(joins_itself, torch.inf)
         members = F.one_hot(similarity.argmax(dim=-1), num).mT.float()
         return (members @ rest.float() / members.sum(dim=-1, keepdim=True)).to(patches.dtype)
@@ -42,5 +44,5 @@ def fuse_rest(
     """
     weight = weight.float().scatter(1, index, 0).unsqueeze(1)
     total = weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    with torch.autocast(patches.device.type, enabled=False):
+    with unrounded(patches.device):
         return (weight / total @ patches.float()).to(patches.dtype)
