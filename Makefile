@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest
 
 test-embedded: $(VENV)/.dev
-	$(BIN)/acformer fetch
+	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs
 	$(BIN)/pytest -m embedded
 
 test-slow: $(VENV)/.dev
@@ -31,7 +31,8 @@ test-compat: $(VENV)-compat-5.16.1/.compat $(VENV)-compat-5.23.0/.compat
 	$(VENV)-compat-5.23.0/bin/pytest $(COMPAT_TESTS)
 
 COMPAT_TESTS := tests/test_anchors.py tests/test_cls_attention.py tests/test_vision.py tests/test_connectors.py \
-	tests/test_convert.py tests/test_modeling.py tests/test_processing.py tests/test_conversation.py tests/test_train.py
+	tests/test_convert.py tests/test_modeling.py tests/test_processing.py tests/test_conversation.py tests/test_train.py \
+	tests/test_abstractors.py tests/test_selectors.py tests/test_fusion.py tests/test_elastic.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
