@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test test-embedded test-slow test-conformance test-compat check fix docs bench clean
+.PHONY: quickstart test test-embedded test-slow test-conformance test-compat test-extras check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -18,6 +18,10 @@ test: $(VENV)/.dev
 test-embedded: $(VENV)/.dev
 	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs
 	$(BIN)/pytest -m embedded
+
+# The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook.
+test-extras: $(VENV)-extras/.extras
+	$(VENV)-extras/bin/pytest -m extras
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
@@ -75,5 +79,16 @@ $(VENV)-compat-%/.compat: pyproject.toml constraints.txt
 		-e '.[test]' transformers==$*
 	@touch $@
 
+# gradio wants an older Pillow than we test with, and timm a torchvision that nothing here imports.
+$(VENV)-extras/.extras: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-extras
+	grep -i -E '^(torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping)==' \
+		constraints.txt > $(VENV)-extras/constraints.txt
+	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-extras/constraints.txt $(TORCH_FLAGS) torch
+	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-extras/constraints.txt \
+		-e '.[test-extras]' ftfy
+	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compat-* site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras site .pytest_cache .mypy_cache .ruff_cache
