@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acformer.cls_attention import ENCODERS, RECORDING, ClsAttentionTap, cls_row, num_prefix_tokens
+from acformer.cls_attention import ENCODERS, RECORDING, ClsAttentionTap, KernelListener, cls_row, num_prefix_tokens
 from acformer.errors import UsageError
 from acformer.vision import VisionEncoder, VisionFeatures, load_vision_encoder
 
@@ -46,6 +47,22 @@ def test_cls_row_is_the_first_row_of_the_map():
     attention = torch.einsum("bhqd,bhkd->bhqk", query, key).mul(0.3).softmax(-1)
     # Measured 0; einsum and matmul may come to sum in another order.
     torch.testing.assert_close(cls_row(query, key, 0.3), attention[:, :, 0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_listener_hears_what_the_kernel_is_called_with(scale):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 5, 8, dtype=torch.float64).unbind()
+    plain = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    with KernelListener() as listener:
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value=value, scale=scale), plain)
+    expected = torch.einsum("bhqd,bhkd->bhqk", query, key).mul(scale or 8**-0.5).softmax(-1)[:, :, 0]
+    torch.testing.assert_close(listener.row, expected, rtol=0, atol=1e-14)
+    listener.row = None
+    F.scaled_dot_product_attention(query, key, value)
+    assert listener.row is None, "it listens inside the with alone"
+    with pytest.raises(UsageError, match="masks its attention"), listener:
+        F.scaled_dot_product_attention(query, key, value, torch.ones(5, 5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, 2])
@@ -149,7 +166,7 @@ def test_a_copy_has_a_tap_of_its_own(family, make_tower, pixels):
 
 
 def test_a_copy_keeps_levels_of_its_own(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family), levels=[1, 3])
+    encoder = load_vision_encoder(make_tower(family), levels=[0, 3])
     expected = encode(encoder, pixels).levels
     other = copy.deepcopy(encoder)
     other(pixels[:1])
@@ -168,7 +185,7 @@ def test_a_pass_is_read_once(family, make_tower, pixels):
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model"])
 def test_compiles_into_one_graph(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family), levels=[1, 2])
+    encoder = load_vision_encoder(make_tower(family), levels=[0, 2])
     expected = encode(encoder, pixels)
     torch.compiler.reset()
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
@@ -181,7 +198,7 @@ def test_compiles_into_one_graph(family, make_tower, pixels):
 
 
 def test_exports(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family), levels=[1, 2])
+    encoder = load_vision_encoder(make_tower(family), levels=[0, 2])
     expected = encode(encoder, pixels)
     exported = torch.export.export(encoder, (pixels,)).module()
     assert torch.equal(encode(exported, pixels).cls_attention, expected.cls_attention)

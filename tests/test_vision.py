@@ -1,6 +1,7 @@
 """`load_vision_encoder` against the untouched Hugging Face models."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, SiglipCon
 
 from acformer.cls_attention import ENCODERS
 from acformer.errors import CheckpointError, UsageError
-from acformer.vision import VisionFeatures, load_vision_encoder, resized
+from acformer.vision import VisionFeatures, load_tower, load_vision_encoder, pixel_statistics, resized
 
 PREFIX = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 5, "siglip_vision_model": 0}
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
@@ -48,7 +49,9 @@ def test_blocks_after_the_feature_layer_are_gone(family, feature_layer, kept, ma
     assert ran == list(range(kept))
 
 
-@pytest.mark.parametrize(("levels", "feature_layer"), [([1, 2, 3], -2), ([3, 1], 3), ([-2, -4, -2], -1), ([4], 4)])
+@pytest.mark.parametrize(
+    ("levels", "feature_layer"), [([1, 2, 3], -2), ([3, 1], 3), ([-2, -4, -2], -1), ([4], 4), ([0, 3, -5], -2)]
+)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_levels_are_the_hidden_states(family, kernel, levels, feature_layer, make_tower, pixels):
     encoder = load_vision_encoder(make_tower(family, attn_implementation=kernel), feature_layer, levels=levels)
@@ -73,8 +76,8 @@ def test_no_level_is_kept_unasked(family, make_tower, pixels):
 def test_levels_above_the_feature_layer(family, level, message, make_tower):
     with pytest.raises(UsageError, match=message):
         load_vision_encoder(make_tower(family), -2, levels=[1, level])
-    with pytest.raises(UsageError, match=r"level 0 is outside the encoder of 4 blocks"):
-        load_vision_encoder(make_tower(family), -2, levels=[0])
+    with pytest.raises(UsageError, match=r"level 5 is outside .* of 4 blocks: take -5\.\.-1 or 0\.\.4"):
+        load_vision_encoder(make_tower(family), -2, levels=[5])
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 4), (1, 4)])
@@ -157,6 +160,33 @@ def test_from_the_folder_of_two_towers(family, config_class, model_class, make_t
     model.save_pretrained(tmp_path)
     expected = encode(load_vision_encoder(tower), pixels)
     assert torch.equal(encode(load_vision_encoder(str(tmp_path)), pixels).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:vit_large_patch14_clip_336.openai", "open_clip:EVA02-L-14-336@merged2b_s6b_b61k"]
+)
+def test_a_library_that_is_not_there(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name.partition(":")[0], None)
+    with pytest.raises(UsageError, match=r"pip install 'acformer\[timm\]'"):
+        load_vision_encoder(name)
+
+
+def test_a_whole_model_needs_a_hugging_face_encoder():
+    with pytest.raises(UsageError, match="timm:vit: a model is built and trained with a Hugging Face encoder only"):
+        load_tower("timm:vit", torch.float32)
+
+
+def test_pixel_statistics(make_tower, tmp_path):
+    make_tower("dinov2").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot load"):
+        pixel_statistics(str(tmp_path))
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    with pytest.raises(CheckpointError, match="gives no image_mean and image_std"):
+        pixel_statistics(str(tmp_path))
+    file.write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    tower = load_vision_encoder(str(tmp_path)).tower
+    assert pixel_statistics(tower) == pixel_statistics(str(tmp_path)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
 def test_missing_folder(tmp_path):

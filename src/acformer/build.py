@@ -21,13 +21,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from acformer.cls_attention import Tower
 from acformer.data.templates import resolve_template
 from acformer.embedded import resolve
 from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.recipe import READER, ModelSpec
-from acformer.vision import load_tower, loading, truncate
+from acformer.vision import load_tower, loading, pixel_statistics, truncate
 
 NEW_MODULES = ("model.connector.", "model.fusion.")
 
@@ -111,20 +112,12 @@ def parse_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def square_image_processor(vision: str, image_size: int) -> LlavaImageProcessorPil:
+def square_image_processor(vision: str | Tower, image_size: int) -> LlavaImageProcessorPil:
     """LLaVA-1.5's preparation: pad to a square with the mean colour, resize; the encoder's own mean and std."""
-    with loading(vision):
-        # The file itself: AutoImageProcessor wants torchvision in transformers < 5.19.
-        own, _ = LlavaImageProcessorPil.get_image_processor_dict(vision)
-    if not {"image_mean", "image_std"} <= own.keys():
-        raise CheckpointError(f"{vision}: its preprocessor_config.json gives no image_mean and image_std")
+    mean, std = pixel_statistics(vision)
     size = {"height": image_size, "width": image_size}
     return LlavaImageProcessorPil(
-        do_pad=True,
-        size={"shortest_edge": image_size},
-        crop_size=size,
-        image_mean=list(own["image_mean"]),
-        image_std=list(own["image_std"]),
+        do_pad=True, size={"shortest_edge": image_size}, crop_size=size, image_mean=mean, image_std=std
     )
 
 

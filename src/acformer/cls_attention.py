@@ -6,9 +6,13 @@ function of our own, which computes q_cls . K^T for its H heads and then calls t
 and no projection is hooked, so it lives through FSDP2, torch.compile, export and engines that fuse q, k and v.
 
 SigLIP has no [CLS]. What stands in for its row: the attention of the pooling head's learned probe to the patches
-(the head reads the last block's output through `post_layernorm`), which is how SigLIP itself sums up an image.
+(the head reads the last block's output through its norm), which is how SigLIP itself sums up an image.
 
-Encoders are described by one line in `ENCODERS`; to support another one, add its line.
+Modules that are not transformers' are heard instead: of `nn.MultiheadAttention` the projections are known, and
+whatever else calls torch's `scaled_dot_product_attention` is listened to while it runs, so that norms and rotary
+positions of queries and keys are in the row as the kernel gets them.
+
+Encoders are described by one line in `ENCODERS` or `LIBRARY_ENCODERS`; to support another one, add its line.
 """
 
 import copy
@@ -16,27 +20,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from acformer.errors import UsageError, unknown_name
+from acformer.timm_encoders import LibraryConfig, LibraryTower
+
+Tower: TypeAlias = PreTrainedModel | LibraryTower
+TowerConfig: TypeAlias = PreTrainedConfig | LibraryConfig
 
 RECORDING = "acformer_cls_row"
 
 
 @dataclass(frozen=True)
 class EncoderFamily:
-    """Where a family of Hugging Face vision models keeps what we need; dotted module paths."""
+    """Where a family of vision models keeps what we need; dotted module paths."""
 
     blocks: str
     """The list of transformer blocks, from the model."""
     attention: str
-    """The module that calls the attention function, from a block."""
+    """The module that calls the kernel, from a block."""
     fixed_size: bool
     """Whether the model must be told to interpolate its position embedding to another image size."""
     prefix: int
@@ -53,16 +62,22 @@ ENCODERS = {
         "encoder.layers", "self_attn", fixed_size=True, prefix=0, probe="head.attention"
     ),
 }
+LIBRARY_ENCODERS = {  # from `LibraryTower`
+    "timm": EncoderFamily("model.blocks", "attn", fixed_size=False, prefix=1),
+    "timm_without_cls": EncoderFamily("model.blocks", "attn", fixed_size=False, prefix=0, probe="model.attn_pool"),
+    "open_clip": EncoderFamily("model.transformer.resblocks", "attn", fixed_size=False, prefix=1),
+}
 
 
-def encoder_family(config: PreTrainedConfig) -> EncoderFamily:
-    """The line of `ENCODERS` for a vision config; `UsageError` listing the known ones otherwise."""
-    if config.model_type not in ENCODERS:
-        raise unknown_name("vision encoder type", config.model_type, ENCODERS)
-    return ENCODERS[config.model_type]
+def encoder_family(config: TowerConfig) -> EncoderFamily:
+    """The line for a vision config; `UsageError` listing Hugging Face's known ones otherwise."""
+    known = LIBRARY_ENCODERS if isinstance(config, LibraryConfig) else ENCODERS
+    if config.model_type not in known:
+        raise unknown_name("vision encoder type", config.model_type, known)
+    return known[config.model_type]
 
 
-def num_prefix_tokens(config: PreTrainedConfig) -> int:
+def num_prefix_tokens(config: TowerConfig) -> int:
     """P: [CLS] and registers, which stand before the patches."""
     return encoder_family(config).prefix + config.to_dict().get("num_register_tokens", 0)
 
@@ -74,29 +89,37 @@ class ClsAttentionTap:
     them. The row is the softmax over all P+N keys with the P prefix columns dropped, in float32 at least. One
     pass at a time per tower: two threads that share one would read each other's images.
 
-    blocks: places of the K blocks whose outputs `read()` adds as (B, K, P+N, D), in this order; by default none is
-    kept but the last.
+    levels: for each of the K further tensors that `read()` adds as (B, K, P+N, D) in this order, the blocks that it
+    has been through: 0 is what the first block reads, k the output of the k-th.
     """
 
-    def __init__(self, tower: PreTrainedModel, blocks: Sequence[int] = ()):
-        if "cls_attention_tap" in vars(tower):
-            raise UsageError("this vision model already belongs to an encoder; load another copy for a second one")
-        vars(tower)["cls_attention_tap"] = self
+    def __init__(self, tower: Tower, levels: Sequence[int] = ()):
         family = encoder_family(tower.config)
+        blocks: Any = tower.get_submodule(family.blocks)
+        if "cls_attention_tap" in vars(blocks):
+            raise UsageError("this vision model already belongs to an encoder; load another copy for a second one")
+        vars(blocks)["cls_attention_tap"] = self
         self.tower_config = tower.config
         self.num_prefix_tokens = num_prefix_tokens(tower.config)
         self.tokens: Tensor | None = None
         self.row: Tensor | None = None
-        self.levels: list[Tensor | None] = [None] * len(blocks)
-        tower_blocks = tower.get_submodule(family.blocks)
-        last = tower_blocks[-1]
-        last.register_forward_hook(self._keep_tokens)
-        for place, block in enumerate(blocks):
-            tower_blocks[block].register_forward_hook(partial(self._keep_level, place))
-        if family.probe is None:
-            self._record_attention(_attention_module(last, family.attention))
-        elif tower.config.to_dict().get("vision_use_head", True):
-            tower.get_submodule(family.probe).register_forward_hook(self._keep_probe)
+        self.levels: list[Tensor | None] = [None] * len(levels)
+        blocks[-1].register_forward_hook(self._keep_tokens)
+        for place, level in enumerate(levels):
+            if level == 0:
+                blocks[0].register_forward_pre_hook(partial(self._keep_embedding, place))
+            else:
+                blocks[level - 1].register_forward_hook(partial(self._keep_level, place))
+        module = _asking_module(tower, family)
+        self.has_row = module is not None
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_hook(self._keep_projected)
+        elif module is not None and isinstance(tower, PreTrainedModel):
+            self._record_attention(module)
+        elif module is not None:
+            self.listener = KernelListener()
+            module.register_forward_pre_hook(self._start_listening)
+            module.register_forward_hook(self._stop_listening, always_call=True)
 
     def read(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the last pass left: tokens, row (None for a SigLIP without its pooling head), levels if asked for."""
@@ -105,6 +128,10 @@ class ClsAttentionTap:
         self.levels = [None] * len(self.levels)
         if tokens is None:
             raise RuntimeError("the vision tower has not run since the last read")
+        if row is None and self.has_row:
+            raise UsageError("the encoder's attention ran through no kernel that is known; of timm: TIMM_FUSED_ATTN=1")
+        if row is not None:
+            row = row[:, :, self.num_prefix_tokens - tokens.shape[1] :]
         return tokens, row, torch.stack(levels, dim=1) if levels else None
 
     def _record_attention(self, attention: Any) -> None:
@@ -117,23 +144,59 @@ class ClsAttentionTap:
     def _keep_tokens(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.tokens = output[0] if isinstance(output, tuple) else output
 
+    def _keep_embedding(self, place: int, module: nn.Module, args: tuple) -> None:
+        self.levels[place] = args[0]
+
     def _keep_level(self, place: int, module: nn.Module, args: tuple, output: Any) -> None:
         self.levels[place] = output[0] if isinstance(output, tuple) else output
 
-    def _keep_probe(self, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
-        """The row from the head's query and key: the weights it returns are rounded to the tower's dtype."""
+    def _keep_projected(self, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
+        """The row from the first query and the keys: the weights that the module returns are rounded to its dtype."""
         weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
         with torch.autocast(args[0].device.type, enabled=False):
             query, key = (
                 F.linear(x.to(weight.dtype), weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-                for x, weight, bias in zip(args[:2], weights, biases, strict=False)
+                for x, weight, bias in zip((args[0][:, :1], args[1]), weights, biases, strict=False)
             )
         self.row = cls_row(query, key, query.shape[-1] ** -0.5)
 
+    def _start_listening(self, module: nn.Module, args: tuple) -> None:
+        self.listener.__enter__()
 
-def _attention_module(block: nn.Module, path: str) -> nn.Module:
-    """The attention of a block; transformers < 5.19 nests DINOv2's one level deeper."""
-    attention = block.get_submodule(path)
+    def _stop_listening(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.listener.__exit__(None, None, None)
+        self.row, self.listener.row = self.listener.row, None
+
+
+class KernelListener(TorchFunctionMode):
+    """While entered: the row of the first query of every `scaled_dot_product_attention` call, the last one kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.row = kernel_row(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def kernel_row(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`cls_row` of what `scaled_dot_product_attention` is called with."""
+    if attn_mask is not None:
+        raise UsageError("this encoder masks its attention; the [CLS] row is read without a mask only")
+    scale = kwargs.get("scale")
+    return cls_row(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _asking_module(tower: Tower, family: EncoderFamily) -> nn.Module | None:
+    """The module whose first query's row is wanted: the last block's attention, or the pooling head's, if any."""
+    if family.probe is not None:
+        has_head = tower.config.to_dict().get("vision_use_head", True)
+        return tower.get_submodule(family.probe) if has_head else None
+    blocks: Any = tower.get_submodule(family.blocks)
+    attention = blocks[-1].get_submodule(family.attention)
+    # transformers < 5.19 nests DINOv2's one level deeper.
     return dict(attention.named_children()).get("attention", attention)
 
 
@@ -155,7 +218,7 @@ def recording_attention(module, query, key, value, attention_mask, scaling=None,
     if tap is None or tap.tower_config._attn_implementation == RECORDING:
         raise UsageError(f"attn_implementation {RECORDING!r} is the tapped block's alone; choose 'sdpa' or another")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tap.row = cls_row(query, key, scaling)[:, :, tap.num_prefix_tokens :]
+    tap.row = cls_row(query, key, scaling)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(tap.tower_config._attn_implementation, tap.eager)
     own_config = module.config
     module.config = tap.tower_config  # FlashAttention asks the module which kernel it is

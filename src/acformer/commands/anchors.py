@@ -5,15 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from acformer.commands.arguments import add_device, picture, positive
-from acformer.errors import UsageError
+from acformer.commands.arguments import ENCODER, ENCODER_HELP, add_device, picture, positive
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("anchors", parents=[common], help="find and draw the visual anchors of a picture")
     sub.add_argument("image", type=Path)
-    sub.add_argument("--vision", default="embedded:dinov2-s14", help="encoder: embedded, hub name or folder")
+    sub.add_argument("--vision", default=ENCODER, help=ENCODER_HELP)
     sub.add_argument("--num-anchors", type=positive, default=64)
     sub.add_argument("--image-size", type=positive, default=336, help="pixels a side that the encoder sees")
     sub.add_argument("--feature-layer", type=int, default=-2)
@@ -29,15 +28,13 @@ def run(arguments: argparse.Namespace) -> str:
 
     image = load_image(arguments.image)
     from acformer.build import parse_device, square_image_processor
-    from acformer.embedded import resolve
-    from acformer.vision import load_vision_encoder, patch_grid
+    from acformer.vision import load_vision_encoder, require_whole_patches
     from acformer.viz import draw_anchors, find_anchors
 
     device = parse_device(arguments.device)
     encoder = load_vision_encoder(arguments.vision, arguments.feature_layer).to(device)
-    if 0 in patch_grid(encoder.tower.config, arguments.image_size, arguments.image_size):
-        raise UsageError(f"--image-size {arguments.image_size} is smaller than one patch of {arguments.vision}")
-    processor = square_image_processor(resolve(arguments.vision), arguments.image_size)
+    require_whole_patches(encoder.tower.config, arguments.image_size)
+    processor = square_image_processor(encoder.tower, arguments.image_size)
     found = find_anchors(image, encoder, processor, arguments.num_anchors)
     out = arguments.out or arguments.image.with_suffix(".anchors.png")
     draw_anchors(image, found.indices, found.grid, pad_to_square=True).save(out)

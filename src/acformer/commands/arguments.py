@@ -4,6 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+ENCODER = "embedded:dinov2-s14"
+ENCODER_HELP = f"encoder: {ENCODER} (default), hub name, folder, timm:NAME, open_clip:NAME@WEIGHTS"
+
 
 def add_model(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """A model, and how it answers."""
