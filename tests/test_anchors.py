@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acformer.anchors import select_anchors, select_anchors_reference
+from acformer.anchors import quotas, select_anchors, select_anchors_reference
 
 RELEASE = load_file(Path(__file__).parent / "fixtures" / "selector.safetensors")
 SEARCHES = (select_anchors, select_anchors_reference)
@@ -23,13 +23,14 @@ def rows(batch: int, heads: int, patches: int, seed: int = 0) -> Tensor:
 
 @st.composite
 def problems(draw) -> tuple[Tensor, int]:
-    """Scores (B, H, N) of any float dtype, mostly with heavy ties or -inf, and a number of anchors 1..N."""
+    """Scores (B, H, N) of any float dtype, often with heavy ties, signed zeros or infinities; 1..N anchors."""
     batch, heads, patches = draw(st.integers(1, 3)), draw(st.integers(1, 8)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     levels = draw(st.sampled_from([1, 2, 3, 10, 10**6]))
     scores = torch.randint(-levels, levels, (batch, heads, patches), generator=generator) / levels
     if draw(st.booleans()):
-        scores[torch.rand(scores.shape, generator=generator) < draw(st.sampled_from([0.1, 0.9, 1.0]))] = -torch.inf
+        special = draw(st.sampled_from([-torch.inf, torch.inf, 0.0, -0.0, 1e-45, -1e-45]))
+        scores[torch.rand(scores.shape, generator=generator) < draw(st.sampled_from([0.1, 0.9, 1.0]))] = special
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     num_anchors = draw(st.one_of(st.integers(1, patches), st.just(patches), st.integers(1, min(heads, patches))))
     return scores.to(dtype), num_anchors
@@ -75,6 +76,12 @@ def test_remainder_goes_to_the_first_heads(search):
     for head in range(3):
         scores[0, head, 10 * head : 10 * head + 10] = torch.arange(10, 0, -1)
     assert search(scores, 5).tolist() == [[0, 1, 10, 11, 20]]
+
+
+@given(st.integers(1, 600), st.integers(1, 40))
+def test_quotas(num_anchors, num_heads):
+    base, remainder = divmod(num_anchors, num_heads)
+    assert quotas(num_anchors, num_heads) == [base + 1] * remainder + [base] * (num_heads - remainder)
 
 
 @both

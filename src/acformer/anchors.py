@@ -2,13 +2,19 @@
 
 The paper's progressive search (Sec. 3.3, Fig. 3, Fig. 7) visits the heads in order; each takes its best-attended
 patches that no earlier head has taken. A joint top-k over the heads is a different set: the order matters.
-Two implementations with one signature: `select_anchors`, batched, for use; `select_anchors_reference`, the
-paper's loop, never optimised, for the tests to compare with.
+Two implementations with one signature: `select_anchors`, batched, for use (on a GPU with Triton a single kernel, see
+`selection_kernel`); `select_anchors_reference`, the paper's loop, never optimised, for the tests to compare with.
 
 Both differ from the authors' release in two points. They return exactly `num_anchors` patches (the release gives
 floor(num_anchors / H) * H; where H divides num_anchors the two agree index for index), and equal scores go to the
 lower patch index (the release's sort is unstable there).
 """
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+from sysconfig import get_path
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +23,23 @@ from torch import Tensor
 from acformer.errors import UsageError
 
 
+def _has_triton() -> bool:
+    """Triton, and the C compiler and headers with which it builds a kernel's launcher; slim images have neither."""
+    compilers = os.environ.get("CC", ""), "cc", "gcc", "clang"
+    headers = Path(get_path("include"), "Python.h")
+    return find_spec("triton") is not None and any(map(which, compilers)) and headers.exists()
+
+
+HAS_TRITON = _has_triton()
+MAX_KERNEL_PATCHES = 4096
+
+
 def select_anchors(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tensor, "B A"]:
     """Pick `num_anchors` distinct patches an image by the progressive search (Sec. 3.3).
 
-    Head h of H takes floor(num_anchors / H) patches, one more while h < num_anchors mod H: its best-attended ones
-    that heads 0..h-1 have left. Nothing here waits for the device, so it runs inside a compiled graph.
+    Head h of H takes ceil((num_anchors - h) / H) patches, that is the same number for all and the remainder one each
+    for the first: its best-attended ones that heads 0..h-1 have left. Nothing here waits for the device, so it runs
+    inside a compiled graph or a CUDA graph.
 
     Args:
         cls_attention: (B, H, N) attention of [CLS] to the N patches per head, any float dtype, any device.
@@ -35,14 +53,24 @@ def select_anchors(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> I
             where looking for NaN would wait for the device, and in a compiled graph NaN ranks below every number.
     """
     _check(cls_attention, num_anchors)
-    batch, num_heads, num_patches = cls_attention.shape
-    rank = _ranks(cls_attention)
-    taken = torch.zeros(batch, num_patches, dtype=torch.int64, device=rank.device)
-    for head, quota in enumerate(_quotas(num_anchors, num_heads)):
-        # Ranks are distinct in 0..N-1, so + N puts every taken patch behind every free one, without ties.
-        best = (rank[:, head] + num_patches * taken).topk(quota, largest=False, sorted=False).indices
-        taken.scatter_(1, best, 1)
-    return taken.argsort(dim=-1, descending=True, stable=True)[:, :num_anchors]
+    if _has_kernel(cls_attention):
+        from acformer.selection_kernel import select_anchors_triton
+
+        return select_anchors_triton(cls_attention.detach(), num_anchors)
+    return select_anchors_torch(cls_attention, num_anchors)
+
+
+def select_anchors_torch(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tensor, "B A"]:
+    """`select_anchors` out of torch operations: three a head, whatever the batch."""
+    num_heads = cls_attention.shape[1]
+    keys = _keys(cls_attention)
+    taken = torch.iinfo(keys.dtype).min
+    anchors = []
+    for row, quota in zip(keys.split(1, dim=1), quotas(num_anchors, num_heads), strict=True):
+        best = row.topk(quota, sorted=False).indices
+        keys.scatter_(2, best.expand(-1, num_heads, -1), taken)  # in every head's row: nobody takes a patch twice
+        anchors.append(best)
+    return torch.cat(anchors, dim=-1).flatten(1).sort().values
 
 
 def select_anchors_reference(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tensor, "B A"]:
@@ -52,24 +80,39 @@ def select_anchors_reference(cls_attention: Float[Tensor, "B H N"], num_anchors:
     batch_anchors = []
     for image in cls_attention.tolist():
         anchors: list[int] = []
-        for scores, quota in zip(image, _quotas(num_anchors, num_heads), strict=True):
+        for scores, quota in zip(image, quotas(num_anchors, num_heads), strict=True):
             free = sorted((-score, patch) for patch, score in enumerate(scores) if patch not in anchors)
             anchors += [patch for _, patch in free[:quota]]
         batch_anchors.append(sorted(anchors))
     return torch.tensor(batch_anchors, dtype=torch.int64, device=cls_attention.device).reshape(-1, num_anchors)
 
 
-def _quotas(num_anchors: int, num_heads: int) -> list[int]:
-    """Patches per head, the remainder one each to the first heads; those beyond `num_anchors` get none."""
-    base, remainder = num_anchors // num_heads, num_anchors % num_heads  # torch.compile knows no divmod
-    return [base + (head < remainder) for head in range(num_heads)]
+def quotas(num_anchors: int, num_heads: int) -> list[int]:
+    """Patches that each head takes: ceil((num_anchors - head) / num_heads), from the first head on.
+
+    Without a branch on the remainder, which would make every remainder another compiled graph.
+    """
+    return [(num_anchors + num_heads - 1 - head) // num_heads for head in range(num_heads)]
 
 
-def _ranks(scores: Float[Tensor, "B H N"]) -> Int[Tensor, "B H N"]:
-    """Place of every patch in its head's order, 0 = best; ties by index, NaN last (it sorts as the greatest)."""
-    order = scores.detach().neg().argsort(dim=-1, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+def _keys(scores: Float[Tensor, "B H N"]) -> Int[Tensor, "B H N"]:
+    """Distinct integers in the order of the scores, the lower index greater among equal ones, NaN least.
+
+    No sorting: the bits of a float, read as an integer, rise with a positive one and fall with a negative one.
+    """
+    num_patches = scores.shape[-1]
+    behind = torch.arange(0, -num_patches, -1, device=scores.device)
+    if scores.dtype == torch.float64:  # 64 bits leave no room for the index beside them
+        order = scores.detach().neg().argsort(dim=-1, stable=True)
+        return torch.empty_like(order).scatter_(-1, order, behind.expand_as(order))
+    bits, least = scores.float().view(torch.int32), torch.iinfo(torch.int32).min
+    level = torch.where(bits < 0, least - bits, bits).masked_fill(scores.isnan(), least)
+    return torch.add(behind, level, alpha=num_patches)
+
+
+def _has_kernel(scores: Tensor) -> bool:
+    fits = scores.dtype != torch.float64 and scores.shape[-1] <= MAX_KERNEL_PATCHES
+    return HAS_TRITON and scores.is_cuda and fits
 
 
 def _check(cls_attention: Tensor, num_anchors: int) -> None:
