@@ -1,10 +1,13 @@
 """The feature cache: what is read back, what an interruption leaves, what it must not mix up."""
 
+import os
 import pickle
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from torch.utils.data import DataLoader
 
 from acformer.data.collate import stack_features
 from acformer.errors import ImageError, UsageError
@@ -124,10 +127,39 @@ def test_arrays_are_opened_once_and_not_pickled(model, pictures, tmp_path):
     maps = cache.maps
     cache(pictures[1])
     assert cache.maps is maps
-    cache.encode = None
+    assert len(pickle.dumps(cache)) < 10_000, "neither what is mapped nor the encoder"
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.maps == {}
     assert torch.equal(copy(pictures[2])["tokens"], cache(pictures[2])["tokens"])
+
+
+def test_a_copy_in_another_process_reads_only(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures[:2], progress=False)
+    copy = pickle.loads(pickle.dumps(cache))
+    copy.add(pictures[:2], progress=False)
+    with pytest.raises(UsageError, match="reads only"):
+        copy.add(pictures, progress=False)
+    assert len(cache_of(model, tmp_path / "cache").rows) == 2
+
+
+def test_a_batch_is_one_copy_of_what_is_mapped(model, pictures, tmp_path, record_ops):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    on_disk = (cache.folder / "tokens.bin").read_bytes()
+    row = cache(pictures[1])["tokens"]
+    assert row.untyped_storage().data_ptr() == cache.maps["tokens"].untyped_storage().data_ptr()
+    with record_ops() as record:
+        batch = stack_features(pictures[:3], cache)
+    assert record.ops.count("stack") == 2  # tokens and attention
+    assert {"clone", "copy_", "_to_copy", "cat"}.isdisjoint(record.ops)
+    (shared,) = DataLoader(
+        pictures[:3], batch_size=3, num_workers=1, collate_fn=partial(stack_features, features=cache)
+    )
+    assert shared["tokens"].is_shared()
+    assert torch.equal(shared["tokens"], batch["tokens"])
+    row.zero_()
+    assert (cache.folder / "tokens.bin").read_bytes() == on_disk
 
 
 def test_the_reason_of_a_damaged_picture_is_told_when_it_is_asked_for(model, pictures, tmp_path):
@@ -231,3 +263,15 @@ def test_siglip_without_a_head_has_tokens_alone(pictures, tmp_path):
     cache = cache_of(model, tmp_path / "cache")
     cache.add(pictures[:1], progress=False)
     assert set(cache(pictures[0])) == {"tokens", "cls_attention"}
+
+
+def test_a_cache_larger_than_memory_is_mapped(model, pictures, tmp_path):
+    """A sparse file, of which pages are read only where a row is asked for."""
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    first = cache(pictures[0])["tokens"].clone()
+    rows = 2**40 // first.nbytes  # 1 TiB of tokens
+    for name, values in cache(pictures[0]).items():
+        os.truncate(cache.folder / f"{name}.bin", rows * values.nbytes)
+    cache.maps = {}
+    assert torch.equal(cache(pictures[0])["tokens"], first)

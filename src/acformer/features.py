@@ -9,12 +9,12 @@ changes nothing, so caches can be opened while another process adds to them.
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -25,12 +25,9 @@ from acformer.errors import ImageError, UsageError
 from acformer.images import load_image
 from acformer.vision import VisionFeatures
 
+MAP_NORESERVE = 0x4000  # Linux's, which Python 3.11 does not name
 # Scores stay in float32: rounding them would make ties, and so other anchors than the live encoder's.
-DTYPES: dict[str, np.dtype] = {
-    "tokens": np.dtype(np.float16),
-    "cls_attention": np.dtype(np.float32),
-    "levels": np.dtype(np.float16),
-}
+DTYPES = {"tokens": torch.float16, "cls_attention": torch.float32, "levels": torch.float16}
 
 
 def encoder_key(
@@ -73,31 +70,37 @@ class FeatureCache:
     ):
         self.folder = folder / encoder_key(tower, image_processor, levels, input_grid)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.encode = encode
+        self.encode: Callable[[Tensor], VisionFeatures] | None = encode
         self.device, self.dtype = next((p.device, p.dtype) for p in tower.parameters())
         self.image_processor = image_processor
         self.digests: dict[Path, str] = {}
         self.reasons: dict[Path, str] = {}
         self.rows: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.maps: dict[str, np.ndarray] = {}
+        self.maps: dict[str, Tensor] = {}
         self._read()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open arrays: a pickled memory map is a copy of all that it maps."""
-        return {**vars(self), "maps": {}}
+        """For a loader's worker, which reads: without the encoder, and without the maps, which it opens itself."""
+        return {**vars(self), "maps": {}, "encode": None}
 
     def __call__(self, path: Path) -> dict[str, Tensor]:
-        """The features of a picture that was added; `ImageError` with the reason where there are none."""
+        """The features of a picture that was added; `ImageError` with the reason where there are none.
+
+        They are views of the mapped file, read when they are used: copy before you write.
+        """
         row = self.rows.get(self.digests.get(path, ""))
         if row is None:
             raise ImageError(self.reasons.get(path, f"no features for {path}: it was never added to the cache"))
         if not self.maps:
             self.maps = {name: self._map(name) for name in self.shapes}
-        return {name: torch.from_numpy(array[row].copy()) for name, array in self.maps.items()}
+        return {name: rows[row] for name, rows in self.maps.items()}
 
     def add(self, paths: Iterable[Path], *, batch_size: int = 32, progress: bool = True) -> None:
-        """Encode the pictures that are not there yet. A damaged one is passed over: asking for it tells."""
+        """Encode the pictures that are not there yet. A damaged one is passed over: asking for it tells.
+
+        `UsageError` from a copy in another process that would have to encode: it has no encoder.
+        """
         with locked(self.folder / "lock"):
             self._repair()
             new = self._missing(paths)
@@ -127,10 +130,12 @@ class FeatureCache:
         pictures = {digest: picture for digest, picture in opened.items() if picture is not None}
         if not pictures:
             return
+        if self.encode is None:
+            raise UsageError("a copy of a feature cache reads only: add pictures where it was made")
         pixels = self.image_processor(list(pictures.values()), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             features = self.encode(pixels.to(self.device, self.dtype))
-        arrays = {name: values.to(getattr(torch, DTYPES[name].name)) for name, values in features.arrays.items()}
+        arrays = {name: values.to(DTYPES[name]) for name, values in features.arrays.items()}
         for name, values in features.arrays.items():
             if not arrays[name].isfinite().all() and values.isfinite().all():
                 raise UsageError("this encoder's features exceed float16; run without cache_features")
@@ -186,8 +191,13 @@ class FeatureCache:
     def _row_bytes(self, name: str) -> int:
         return DTYPES[name].itemsize * math.prod(self.shapes[name])
 
-    def _map(self, name: str) -> np.ndarray:
-        return np.memmap(self._file(name), DTYPES[name], mode="r", shape=(len(self.rows), *self.shapes[name]))
+    def _map(self, name: str) -> Tensor:
+        """Private pages: nobody writes into the file. None reserved: a file larger than memory could not be mapped."""
+        shape = (len(self.rows), *self.shapes[name])
+        with open(self._file(name), "rb") as file:
+            flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            pages = mmap.mmap(file.fileno(), 0, flags=flags, prot=access)
+        return torch.frombuffer(pages, dtype=DTYPES[name], count=math.prod(shape)).view(shape)
 
 
 def _text(path: Path) -> str:

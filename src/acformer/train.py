@@ -85,6 +85,7 @@ def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool)
         "seed": seed,
         "learning_rate": max(spec.learning_rates.values()),
         "lr_scheduler_type": "cosine",
+        "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "save_strategy": "no",
         "report_to": [],
@@ -92,6 +93,7 @@ def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool)
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
     }
     hints = get_type_hints(TrainingArguments)
     for key, value in spec.training.items():
@@ -102,6 +104,8 @@ def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool)
         args = TrainingArguments(**{**defaults, **spec.training})
     except (TypeError, ValueError) as error:
         raise UsageError(f"training arguments do not fit: {error}") from error
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise UsageError("training.train_sampling_strategy batch_rebalance does not fit groups: take group_by_length")
     if args.n_gpu > 1:  # the Trainer would fall back to DataParallel, whose threads share one vision tower
         raise UsageError(
             f"{args.n_gpu} GPUs are visible to one process: start one process a GPU (torchrun --nproc-per-node "

@@ -1,5 +1,6 @@
 """What is added to the Hugging Face Trainer: one learning rate a module (a module without one is frozen), a budget of
-visual tokens that may change at every step, a stop before the first step that is not finite, whole checkpoints.
+visual tokens that may change at every step, batches of like length that a resume finds again, a stop before the first
+step that is not finite, whole checkpoints.
 """
 
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from acformer.checkpoints import write_manifest
+from acformer.data.collate import ConversationDataset
+from acformer.data.lengths import LengthGroupedSampler
 from acformer.elastic import ElasticBudget
 from acformer.errors import DivergedError, UsageError
 from acformer.hf import AcFormerForConditionalGeneration
@@ -72,6 +76,15 @@ class AcFormerTrainer(Trainer):
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """Ours for `group_by_length`: the Trainer's wants items that are dicts and opens them all."""
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, ConversationDataset):
+            return super()._get_train_sampler(train_dataset)
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthGroupedSampler(dataset.lengths(), rows, seed, lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         """The model's loss; a loss that is not finite stops the run before anything is changed by it."""

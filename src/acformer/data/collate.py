@@ -5,22 +5,25 @@ goes to the `SkipLog` and the batch goes on with the others. Without a log nothi
 is raised.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from acformer.data.conversation import IGNORE, check_images, encode_conversation
+from acformer.data.lengths import estimated_length
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SkipLog
 from acformer.errors import DataError
 from acformer.images import load_image
 
 Features = Mapping[str, Tensor | None]
+Picture = TypeVar("Picture", bound=Hashable)
 Opened = tuple[dict[str, Any], list[tuple[Path, Any]]]
 
 
@@ -45,6 +48,11 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         return [self._encode(sample) for sample in self.items[index]]
 
+    def lengths(self) -> list[int]:
+        """About how many tokens each item's longest sample has: what a batch is padded to."""
+        per_image, most = self.processor.num_image_tokens, self.max_length or sys.maxsize
+        return [min(most, max(estimated_length(sample, per_image) for sample in item)) for item in self.items]
+
     def _encode(self, sample: Sample) -> dict[str, Any]:
         item = {"id": sample.id, "images": sample.images, "sample": sample}
         try:
@@ -63,15 +71,15 @@ def grouped(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return [same[i : i + size] for same in by_pictures.values() for i in range(0, len(same), size)]
 
 
-def stack_features(paths: Sequence[Path], features: Callable[[Path], Features]) -> dict[str, Tensor]:
+def stack_features(pictures: Sequence[Picture], features: Callable[[Picture], Features]) -> dict[str, Tensor]:
     """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N), levels (U, K, P+N, D).
 
-    image_index (I,) says which of the U pictures each of the I paths is.
+    image_index (I,) says which of the U each of the I pictures is. They are known by path or name. One copy is made,
+    in a loader's worker straight into the memory that it shares with the main process.
     """
-    found = {path: {k: v for k, v in features(path).items() if v is not None} for path in dict.fromkeys(paths)}
-    place = {path: number for number, path in enumerate(found)}
-    stacked = {key: torch.stack([one[key] for one in found.values()]) for key in next(iter(found.values()))}
-    return {**stacked, "image_index": torch.tensor([place[path] for path in paths])}
+    found = {one: {k: v for k, v in features(one).items() if v is not None} for one in dict.fromkeys(pictures)}
+    place = {one: number for number, one in enumerate(found)}
+    return {**default_collate([*found.values()]), "image_index": torch.tensor([place[one] for one in pictures])}
 
 
 def padding_id(tokenizer: Any) -> int:

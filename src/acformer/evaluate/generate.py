@@ -1,7 +1,6 @@
-"""Questions in, answers out: greedy decoding in left-padded batches, one prediction a line."""
+"""Questions in, answers out: greedy decoding in left-padded batches, or turn by turn about one picture."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,21 @@ from acformer.data.collate import stack_features
 from acformer.data.conversation import Message, encode_prompt
 from acformer.data.samples import Sample
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.image_tokens import Features, ImageTokens
 from acformer.images import load_image
-
-Features = Callable[[Path], Mapping[str, Tensor | None]]
 
 
 def prompt_inputs(
     processor: AcFormerProcessor,
     prompts: Sequence[Sequence[Message]],
-    images: Sequence[Path],
+    images: Sequence[Path] = (),
     features: Features | None = None,
     num_image_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Model inputs for a batch of prompts, padded on the left so that answers start side by side.
 
-    `images`: the pictures of all prompts in order. `features`: what a frozen encoder made of a path, if known.
+    `images`: the pictures of all prompts in order; none where `image_tokens` are given to the model beside these
+    inputs. `features`: what a frozen encoder made of a path, if known.
     """
     placeholders = processor.num_placeholders(num_image_tokens)
     rows = [encode_prompt(processor, prompt, num_image_tokens=placeholders) for prompt in prompts]
@@ -61,57 +60,66 @@ def answer(
 ) -> Iterator[str]:
     """The model's answer to each sample, in order, as it becomes known.
 
-    A picture that several questions in a row are about is encoded once (`features`: by default `live_features`). The
-    batch does not change the answer (in float32). Errors: `ImageError` for a picture that cannot be read;
-    an evaluation never scores an error as a wrong answer.
+    A picture that several questions are about runs through encoder and connector once (`ImageTokens`). `features`:
+    what a frozen encoder made of a path, if known. The batch does not change the answer (in float32). Errors:
+    `ImageError` for a picture that cannot be read; an evaluation never scores an error as a wrong answer.
     """
+    tokens = ImageTokens(model, processor, features=features)
     options = generation_options(processor, max_new_tokens)
-    features = features or live_features(model, processor)
     with tqdm(total=len(samples), desc="answer", unit="q", disable=not progress) as bar:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            images = [path for sample in batch for path in sample.images]
-            prompts = [sample.prompt for sample in batch]
-            inputs = prompt_inputs(processor, prompts, images, features, num_image_tokens)
+            inputs = prompt_inputs(processor, [sample.prompt for sample in batch], num_image_tokens=num_image_tokens)
+            image_tokens = tokens([path for sample in batch for path in sample.images], num_image_tokens)
             with torch.inference_mode():
-                output = model.generate(**to_device(inputs, model.device), **options)
+                output = model.generate(**to_device(inputs, model.device), image_tokens=image_tokens, **options)
             yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
             bar.update(len(batch))
 
 
-def live_features(
-    model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, remember: int = 64
-) -> Features:
-    """path -> what the model's encoder makes of it, as `FeatureCache` gives it; remembers the last ones."""
+def converse(
+    model: AcFormerForConditionalGeneration,
+    processor: AcFormerProcessor,
+    image: Path | bytes,
+    questions: Iterable[str],
+    *,
+    tokens: ImageTokens | None = None,
+    num_image_tokens: int | None = None,
+    max_new_tokens: int = 128,
+    stream: bool = False,
+) -> Iterator[str]:
+    """The answers to questions about one picture, each a turn of one dialogue; the picture is encoded once.
 
-    @lru_cache(maxsize=remember)
-    def encode(path: Path) -> dict[str, Tensor | None]:
-        pixels = processor.image_processor([load_image(path)], return_tensors="pt")["pixel_values"]
+    A question is asked for when the answer to the one before was taken, so `questions` may be someone typing. `tokens`
+    keeps pictures over several calls. `stream` prints each answer word by word as it is made.
+    """
+    tokens = tokens or ImageTokens(model, processor)
+    image_tokens = tokens([image], num_image_tokens)
+    options = generation_options(processor, max_new_tokens)
+    messages: list[Message] = []
+    for question in questions:
+        parts = [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": parts if messages else [{"type": "image"}, *parts]})
+        inputs = prompt_inputs(processor, [messages], num_image_tokens=num_image_tokens)
+        streamer = AnswerStreamer(processor) if stream else None
         with torch.inference_mode():
-            found = model.get_vision_features(pixels.to(model.device))
-        return {name: values[0] for name, values in found.arrays.items()}
-
-    return encode
+            output = model.generate(
+                **to_device(inputs, model.device), image_tokens=image_tokens, **options, streamer=streamer
+            )
+        (said,) = decode(processor, output[:, inputs["input_ids"].shape[1] :])
+        messages.append({"role": "assistant", "content": said})
+        yield said
 
 
 def ask(
     model: AcFormerForConditionalGeneration,
     processor: AcFormerProcessor,
-    image: Path,
+    image: Path | bytes,
     question: str,
-    *,
-    num_image_tokens: int | None = None,
-    max_new_tokens: int = 128,
-    stream: bool = False,
+    **options: Any,
 ) -> str:
-    """The answer to one question about one picture; `stream` prints it word by word as it is made."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    inputs = prompt_inputs(processor, [[{"role": "user", "content": content}]], [image], None, num_image_tokens)
-    streamer = AnswerStreamer(processor) if stream else None
-    options = generation_options(processor, max_new_tokens)
-    with torch.inference_mode():
-        output = model.generate(**to_device(inputs, model.device), **options, streamer=streamer)
-    return decode(processor, output[:, inputs["input_ids"].shape[1] :])[0]
+    """The answer to one question about one picture; options as `converse`."""
+    return next(converse(model, processor, image, [question], **options))
 
 
 class AnswerStreamer(TextStreamer):

@@ -62,7 +62,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
             num_image_tokens: another T than the connector's own, where it is elastic.
         """
         if vision_features is not None:
-            features = self._as_features(vision_features)
+            features = self.as_features(vision_features)
             output = BaseModelOutputWithPooling(last_hidden_state=features.tokens)
         elif pixel_values is not None:
             output, features = self._encode(pixel_values, **kwargs)
@@ -78,11 +78,15 @@ class AcFormerModel(AcFormerPreTrainedModel):
         if self.connector.input_grid != self.connector.geometry.grid:
             pixel_values = resized(pixel_values, self.vision_tower.config, self.connector.input_grid)
         kwargs = {**kwargs, **size_kwargs(self.vision_tower.config, pixel_values), "return_dict": True}
-        output = self.vision_tower(pixel_values, **kwargs)
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        # No graph of a frozen encoder, also where `enable_input_require_grads` would start one in its embeddings. Not
+        # inference_mode, whose tensors the connector could not save for its backward pass without a copy.
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            output = self.vision_tower(pixel_values, **kwargs)
         return output, features_from_tap(self.cls_attention_tap, self.vision_tower.config, pixel_values)
 
-    def _as_features(self, features: VisionFeatures | Mapping) -> VisionFeatures:
-        """Features, also cached ones (a dict: tokens, cls_attention, levels), in the model's dtype."""
+    def as_features(self, features: VisionFeatures | Mapping) -> VisionFeatures:
+        """Features, also cached ones (a dict: tokens, cls_attention, levels), on the model's device in its dtype."""
         if isinstance(features, Mapping):
             grid, prefix = self.connector.input_grid, self.connector.geometry.num_prefix_tokens
             row, levels = features.get("cls_attention"), features.get("levels")

@@ -3,7 +3,7 @@
 LLaVA's names and forward signature.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,25 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         """See `AcFormerModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, vision_features: Any = None, **kwargs: Any) -> Any:
-        """As transformers', and `vision_features` for `pixel_values`; image tokens without images are refused."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        vision_features: Any = None,
+        image_tokens: Sequence[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', and two more ways to give the images; image tokens without images are refused.
+
+        Args:
+            vision_features: encoder output instead of `pixel_values` (see `AcFormerModel.get_image_features`).
+            image_tokens: instead of either, the visual tokens (T, E) of each image, as `ImageTokens` keeps them.
+        """
         ids, every_step = kwargs.get("input_ids", inputs), self.model.fusion.reads_every_step
-        if vision_features is not None or (every_step and kwargs.get("pixel_values") is not None):
+        if image_tokens is not None and len(image_tokens):
+            output = BaseModelOutputWithPooling(pooler_output=list(image_tokens))
+            kwargs["mm_encoder_outputs"] = {"image": output}
+        elif vision_features is not None or (every_step and kwargs.get("pixel_values") is not None):
             pixels, budget = kwargs.pop("pixel_values", None), kwargs.pop("num_image_tokens", None)
             with torch.no_grad():
                 output = self.get_image_features(pixels, vision_features=vision_features, num_image_tokens=budget)
@@ -92,11 +107,13 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             num_image_tokens: T for this call, where the connector is elastic; under `concat` the prompt holds as many.
             cross_attention_states, cross_attention_mask: see `AcFormerModel.forward`.
             supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
-                without the other rows of the vocabulary's product.
+                without the other rows of the vocabulary's product, and without a KV cache: for training.
 
         Raises:
             ValueError: image tokens in the prompt and visual tokens of the images differ in number.
         """
+        if supervised_only:
+            kwargs = {"use_cache": False, **kwargs}
         output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -1,0 +1,96 @@
+"""What a generation costs, by counts, and the ways to make it cheaper: image tokens given, static cache, compiled."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from packaging.version import Version
+from test_fusion import GATED, opened
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+ONE = "USER: <image>\nWhat? ASSISTANT:"
+TWO = "USER: <image> and <image>\nWhich is it? ASSISTANT:"
+NONE = "USER: Who? ASSISTANT:"
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+
+
+@pytest.fixture(params=["concat", GATED])
+def model(request):
+    return tiny.model() if request.param == "concat" else opened()
+
+
+def prompts(model):
+    """Three rows with one, two and no images, padded on the left."""
+    processor = tiny.processor(model.config.num_image_tokens, fusion=model.config.fusion)
+    images = [[tiny.picture(0)], tiny.pictures([1, 2]), []]
+    return processor(images, [ONE, TWO, NONE], return_tensors="pt", padding=True, padding_side="left")
+
+
+def tokens_for(model, inputs) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return model.get_image_features(inputs.pop("pixel_values")).pooler_output
+
+
+def test_image_tokens_stand_in_for_pixels(model):
+    inputs = prompts(model)
+    said = model.generate(**inputs, **GREEDY)
+    tokens = tokens_for(model, inputs)
+    assert torch.equal(model.generate(**inputs, image_tokens=tokens, **GREEDY), said)
+    stacked = torch.stack(tokens)
+    assert torch.equal(model.generate(**inputs, image_tokens=stacked, **GREEDY), said)
+    with pytest.raises(ValueError, match="the images give"):
+        model.generate(**inputs, image_tokens=tokens[:2], **GREEDY)
+    with pytest.raises(ValueError, match="the images give 0"):
+        model.generate(**inputs, image_tokens=[], **GREEDY)
+
+
+def test_beams_read_the_image_tokens_of_their_row(model):
+    if model.config.fusion == "concat" and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("transformers does not repeat them for its beams before 5.19 (the counts are refused)")
+    inputs, beams = prompts(model), {"num_beams": 2, "num_return_sequences": 2, **GREEDY}
+    said = model.generate(**inputs, **beams)
+    assert torch.equal(model.generate(**inputs, image_tokens=tokens_for(model, inputs), **beams), said)
+
+
+def test_no_images_are_an_empty_list(model):
+    inputs = tiny.inputs(NONE)
+    assert torch.equal(model.generate(**inputs, image_tokens=[], **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+def test_images_cost_one_encoder_pass_and_t_places_of_the_prompt(model):
+    """Then each further token is a step of one position, whatever the images were."""
+    inputs, ran = prompts(model), {"encoder": [], "connector": [], "language model": []}
+    parts = model.model
+    parts.vision_tower.register_forward_hook(lambda module, args, output: ran["encoder"].append(len(args[0])))
+    parts.connector.register_forward_hook(lambda module, args, output: ran["connector"].append(output.shape[1]))
+    parts.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: ran["language model"].append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model.generate(**inputs, **GREEDY)
+    text = tiny.tokenizer()(TWO.replace("<image>", ""))["input_ids"]
+    places = 2 * (5 if model.config.fusion == "concat" else 1)
+    assert ran == {"encoder": [3], "connector": [5], "language model": [inputs["input_ids"].shape[1], *[1] * 7]}
+    assert abs(inputs["input_ids"].shape[1] - places - len(text)) <= 2  # spaces around an image may join
+
+
+def test_a_static_cache_changes_no_token(model):
+    inputs = prompts(model)
+    said = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, cache_implementation="static", **GREEDY), said)
+    tokens = tokens_for(model, inputs)
+    assert torch.equal(model.generate(**inputs, image_tokens=tokens, cache_implementation="static", **GREEDY), said)
+    assert len(said[:, -8:].unique()) > 3
+
+
+def test_the_decoding_step_is_one_graph_for_all_steps(model):
+    """Without a break, and not compiled anew as the answer grows."""
+    inputs = prompts(model)
+    said = model.generate(**inputs, **GREEDY)
+    compiled = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    compiled._compile_all_devices = True  # generate compiles on accelerators alone, unless told
+    torch.compiler.reset()
+    counters.clear()
+    again = model.generate(**inputs, cache_implementation="static", compile_config=compiled, **GREEDY)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(again, said)
