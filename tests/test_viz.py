@@ -15,7 +15,8 @@ from acformer.build import square_image_processor
 from acformer.embedded import embedded_path
 from acformer.errors import CheckpointError, UsageError
 from acformer.vision import load_vision_encoder
-from acformer.viz import BRIGHT, DARK, MIN_SIDE, Anchors, draw_anchors, find_anchors, show_anchors
+from acformer.viz import Anchors, draw_anchors, find_anchors, show_anchors
+from acformer.viz.overlay import BRIGHT, DARK, MIN_SIDE
 
 GREY = (128, 128, 128)
 
@@ -162,7 +163,7 @@ def test_figure_shows_picture_anchors_and_attention(folder, encoder, tmp_path):
     assert np.allclose(np.asarray(heat.get_array()) ** 2, anchors.heat, atol=1e-6)
     assert heat.get_extent() == [-0.5, 59.5, 49.5, -10.5]  # 60 x 60 around 60 x 40
     assert attention.get_ylim() == (39.5, -0.5)
-    figure.savefig(tmp_path / "figure.png")
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
     again = show_anchors(image, encoder, 9, image_size=84)
     assert np.array_equal(again.axes[1].images[0].get_array(), expected)
 

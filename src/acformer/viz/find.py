@@ -1,0 +1,102 @@
+"""The anchors of one picture: what the progressive search keeps, and the [CLS] attention that it goes by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from acformer.anchors import quotas, select_anchors
+from acformer.errors import UsageError
+from acformer.vision import VisionFeatures
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """The anchors of one picture.
+
+    indices: patches in raster order, as the connector sees them. grid: (h, w) patches.
+    scores: (H, N) attention of [CLS] to every patch, by head.
+    """
+
+    indices: tuple[int, ...]
+    grid: tuple[int, int]
+    scores: Float[Tensor, "H N"]
+
+    @property
+    def positions(self) -> tuple[tuple[int, int], ...]:
+        """(row, column) of each anchor on the grid."""
+        return tuple(divmod(index, self.grid[1]) for index in self.indices)
+
+    @property
+    def heat(self) -> Float[Tensor, "h w"]:
+        """The mean of the heads on the grid."""
+        return self.scores.mean(dim=0).reshape(self.grid)
+
+    @property
+    def by_head(self) -> tuple[tuple[int, ...], ...]:
+        """The patches that each head took, in raster order: those which the search without the later heads adds."""
+        return anchors_by_head(self.scores, len(self.indices))
+
+
+def anchors_by_head(scores: Float[Tensor, "H N"], num_anchors: int) -> tuple[tuple[int, ...], ...]:
+    """The anchors of `select_anchors`, by the head that chose them (Sec. 3.3): H tuples, disjoint, each ascending.
+
+    The search visits the heads in order, so what the first k of them choose is the search over their rows alone.
+    """
+    chosen: list[tuple[int, ...]] = []
+    taken: set[int] = set()
+    num = 0
+    for head, quota in enumerate(quotas(num_anchors, len(scores)), start=1):
+        num += quota
+        found = set(select_anchors(scores[None, :head], num)[0].tolist()) if num else set()
+        chosen.append(tuple(sorted(found - taken)))
+        taken |= found
+    return tuple(chosen)
+
+
+def find_anchors(
+    image: Image.Image, encoder: Callable[[Tensor], VisionFeatures], image_processor: Any, num_anchors: int = 64
+) -> Anchors:
+    """The anchors of a picture, by the progressive search over the encoder's [CLS] attention (Sec. 3.3).
+
+    Args:
+        image: RGB, as `load_image` gives it.
+        encoder: from `load_vision_encoder`, or a model's `get_vision_features` (with the model on the CPU, in float32).
+        image_processor: what makes its pixels, such as `square_image_processor(...)` or a model's own.
+        num_anchors: how many patches to keep.
+
+    Raises:
+        UsageError: the encoder gives no [CLS] attention, or has fewer patches than that.
+    """
+    pixels = image_processor(image, return_tensors="pt")["pixel_values"]
+    if isinstance(encoder, nn.Module):
+        weight = next(encoder.parameters())
+        pixels = pixels.to(weight.device, weight.dtype)
+    with torch.inference_mode():
+        features = encoder(pixels)
+    return anchors_of(features, num_anchors)
+
+
+def anchors_of(features: VisionFeatures, num_anchors: int | None = None) -> Anchors:
+    """The anchors of the first image of a batch.
+
+    Args:
+        features: of the encoder, or of a model's `get_vision_features`.
+        num_anchors: how many; by default a patch in nine, the paper's 64 of 576.
+
+    Raises:
+        UsageError: no [CLS] attention, or fewer patches than that.
+    """
+    scores = features.cls_attention
+    if scores is None:
+        raise UsageError("this encoder gives no [CLS] attention, so it has no anchors")
+    num_patches = scores.shape[-1]
+    num_anchors = max(1, num_patches // 9) if num_anchors is None else num_anchors
+    if not 1 <= num_anchors <= num_patches:
+        raise UsageError(f"num_anchors={num_anchors} is outside 1..{num_patches}, the number of patches")
+    indices = select_anchors(scores[:1], num_anchors)[0]
+    return Anchors(tuple(indices.tolist()), features.grid, scores[0].cpu())
