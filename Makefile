@@ -36,7 +36,9 @@ test-compat: $(VENV)-compat-5.16.1/.compat $(VENV)-compat-5.23.0/.compat
 
 COMPAT_TESTS := tests/test_anchors.py tests/test_cls_attention.py tests/test_vision.py tests/test_connectors.py \
 	tests/test_convert.py tests/test_modeling.py tests/test_processing.py tests/test_conversation.py tests/test_train.py \
-	tests/test_abstractors.py tests/test_selectors.py tests/test_fusion.py tests/test_elastic.py
+	tests/test_abstractors.py tests/test_selectors.py tests/test_fusion.py tests/test_elastic.py \
+	tests/test_bench.py tests/test_counts.py tests/test_compile.py tests/test_figures.py tests/test_image_tokens.py \
+	tests/test_generation.py tests/test_lengths.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

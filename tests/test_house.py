@@ -52,7 +52,11 @@ def imported(*arguments: str) -> set[str]:
     return set(result.stdout.rsplit("loaded:", 1)[1].split())
 
 
-@pytest.mark.parametrize("command", ["", "quickstart", "fetch", "train", "eval", "ask", "anchors", "connectors"])
+COMMANDS = ["quickstart", "fetch", "train", "eval", "ask", "anchors", "visualize", "stats", "demo", "connectors"]
+COMMANDS += ["bench", "reproduce"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_imports_nothing_heavy(command):
     assert imported(*command.split(), "--help") == set()
 

@@ -3,6 +3,32 @@
 Their modules import nothing heavy before `run`, so that `--help` and a typo are answered at once.
 """
 
-from acformer.commands import anchors, ask, bench, connectors, evaluate, fetch, quickstart, reproduce, train
+from acformer.commands import (
+    anchors,
+    ask,
+    bench,
+    connectors,
+    demo,
+    evaluate,
+    fetch,
+    quickstart,
+    reproduce,
+    stats,
+    train,
+    visualize,
+)
 
-COMMANDS = (quickstart, fetch, train, evaluate, ask, anchors, connectors, bench, reproduce)
+COMMANDS = (
+    quickstart,
+    fetch,
+    train,
+    evaluate,
+    ask,
+    anchors,
+    visualize,
+    stats,
+    demo,
+    connectors,
+    bench,
+    reproduce,
+)

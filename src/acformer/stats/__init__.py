@@ -1,0 +1,1 @@
+"""The paper's observation as numbers (Sec. 3.2): what anchors are, measured over many pictures of any encoder."""
