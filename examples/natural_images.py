@@ -63,7 +63,8 @@ def licence(tree: Path, package: str, file: Path) -> str:
     found = "unknown"
     for paragraph in text.split("\n\n"):
         fields = dict(line.split(":", 1) for line in _unfolded(paragraph) if ":" in line)
-        if any(fnmatch(file.name, pattern.rpartition("/")[2]) for pattern in fields.get("Files", "").split()):
+        patterns = [one for one in fields.get("Files", "").split() if not one.startswith("debian/")]  # the packaging
+        if any(fnmatch(file.name, pattern.rpartition("/")[2]) for pattern in patterns):
             found = fields["License"].strip()
     return found
 

@@ -402,6 +402,7 @@ def test_crops_are_squares_of_the_photograph_and_always_the_same(natural_images,
 
 def test_licences_are_read_from_debians_copyright(natural_images, tmp_path):
     text = "Files: *\nCopyright: A\nLicense: GPL-2+\n\nFiles: 16.04/a.jpg\n 16.04/b.jpg\nLicense: CC0-1.0\n text\n"
+    text += "\nFiles: debian/*\nCopyright: B\nLicense: Expat\n"  # the packaging's, which names no picture
     (tmp_path / "usr/share/doc/p").mkdir(parents=True)
     (tmp_path / "usr/share/doc/p/copyright").write_text(text)
     read = [natural_images.licence(tmp_path, "p", tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg")]
