@@ -21,7 +21,7 @@ test-embedded: $(VENV)/.dev
 
 # The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook.
 test-extras: $(VENV)-extras/.extras
-	$(VENV)-extras/bin/pytest -m extras
+	$(VENV)-extras/bin/pytest -m extras --ignore tests/conformance
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
