@@ -81,11 +81,13 @@ $(VENV)-compat-%/.compat: pyproject.toml constraints.txt
 		-e '.[test]' transformers==$*
 	@touch $@
 
+EXTRAS_PINS := torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping|$\
+	ftfy|gradio|ipykernel|nbclient|nbformat|playwright
+
 # gradio wants an older Pillow than we test with, and timm a torchvision that nothing here imports.
 $(VENV)-extras/.extras: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-extras
-	grep -i -E '^(torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping)==' \
-		constraints.txt > $(VENV)-extras/constraints.txt
+	grep -i -E '^($(EXTRAS_PINS))==' constraints.txt > $(VENV)-extras/constraints.txt
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-extras/constraints.txt $(TORCH_FLAGS) torch
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-extras/constraints.txt \
 		-e '.[test-extras]' ftfy

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from acformer.anchors import select_anchors, select_anchors_reference
+from acformer.bench.floors import kv_bytes
 from acformer.commands import demo
 from acformer.demo.canvas import View, draw
 from acformer.demo.examples import ANY_MODEL, QUESTIONS, pictures, questions, trained_on
 from acformer.demo.ledger import cards, duration, size, table
 from acformer.demo.look import Eye
 from acformer.demo.pins import Pins, steer
-from acformer.demo.respondent import Respondent, kv_bytes_per_token
+from acformer.demo.respondent import Respondent
 from acformer.demo.start import newest_run, opening
 from acformer.demo.visit import MAX_QUESTION, MAX_ROUNDS, Guide
 from acformer.errors import CheckpointError, ImageError, UsageError
@@ -173,7 +174,7 @@ def test_costs_add_up(connector, fusion):
     assert answer.connector > 0
     assert answer.first_token == answer.encoder + answer.connector + answer.prefill
     positions = 1 if fusion != "concat" else answer.num_tokens
-    assert answer.image_kv_bytes == positions * kv_bytes_per_token(one.model.config.text_config, torch.float32)
+    assert answer.image_kv_bytes == kv_bytes(one.model.config.text_config, positions, torch.float32)
     assert answer.image_kv_bytes < answer.kv_bytes
 
 

@@ -58,7 +58,8 @@ def text_weights(config: PreTrainedConfig) -> int:
 
 def kv_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the KV cache: 2 * layers * KV heads * head width * tokens * bytes a value."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * tokens * dtype.itemsize
+    heads = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * _head_dim(config) * tokens * dtype.itemsize
 
 
 def connector_bytes(connector: Connector) -> int:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.generation import BaseStreamer
 
+from acformer.bench.floors import kv_bytes
 from acformer.connectors.queries import SelectedQueries
 from acformer.connectors.stack import QueryConnector
 from acformer.data.conversation import encode_prompt
@@ -84,7 +84,7 @@ class Respondent:
             )
             ended = now(device)
         new = output[:, ids.shape[1] :]
-        per_token = kv_bytes_per_token(self.model.config.text_config, self.model.model.language_model.dtype)
+        text, dtype = self.model.config.text_config, self.model.model.language_model.dtype
         return Answer(
             model=self.name,
             question=question,
@@ -95,8 +95,8 @@ class Respondent:
             connector=connected - begun,
             prefill=clock.first - connected,
             language_model=ended - connected,
-            kv_bytes=per_token * (output.shape[1] - 1),  # the last token is said, not read
-            image_kv_bytes=per_token * self.processor.num_placeholders(budget),
+            kv_bytes=kv_bytes(text, output.shape[1] - 1, dtype),  # the last token is said, not read
+            image_kv_bytes=kv_bytes(text, self.processor.num_placeholders(budget), dtype),
         )
 
     def _prompt(self, question: str, num_tokens: int) -> list[int]:
@@ -123,11 +123,3 @@ class FirstToken(BaseStreamer):
 
     def end(self) -> None:
         """Nothing is left to do."""
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """2 (keys, values) * layers * KV heads * head dim * bytes of a number, of a language model's config."""
-    known = config.to_dict()
-    heads = known.get("num_key_value_heads") or config.num_attention_heads
-    head_dim = known.get("head_dim") or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from acformer.reproduce.plans import Plan
 from acformer.reproduce.tables import AVERAGE, Measured, mean_interval, shown_scores
+from acformer.viz.sheet import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +36,7 @@ def draw_figure(plan: Plan, cells: Sequence[Measured], path: Path) -> None:
     _lines(panels[0], names, [cell for cell in shown if cell.fraction == 1], data, "step_seconds")
     panels[0].set(xscale="log", xlabel="seconds a training step (median)", ylabel="score, average of families, %")
     panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[0].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panels[0].xaxis.set_major_formatter("{x:g}")
-    panels[0].xaxis.set_minor_formatter("{x:g}")
     if plan.fractions:
         scaled = [cell for cell in shown if cell.budget == plan.scale.scaling_budget]
         _lines(panels[1], names, scaled, data, "fraction")
@@ -50,9 +49,7 @@ def draw_figure(plan: Plan, cells: Sequence[Measured], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small", frameon=False)
     figure.suptitle(f"{plan.name}, {plan.scale.name} scale: {data}")
-    with rc_context({"svg.hashsalt": "acformer"}):  # with it and without a date, equal figures are equal files
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    save(figure, path, dpi=150)
 
 
 def _lines(axes: "Axes", names: Sequence[str], cells: Sequence[Measured], data: str, along: str) -> None:

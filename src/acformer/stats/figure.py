@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from acformer.paper import OVERLAP
 from acformer.stats.overlap import ACTIVATIONS, MAIN, SHARES, overlap_name
 from acformer.stats.stability import VIEWS
 from acformer.stats.summary import Level, Summary
+from acformer.viz.sheet import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,9 +42,7 @@ def draw_figure(runs: Sequence[Summary], path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     settings = runs[0].settings
     figure.suptitle(f"{settings['vision']}: {settings['num_anchors']} anchors of {len(runs[0].places)} patches")
-    with rc_context({"svg.hashsalt": "acformer"}):  # with it and without a date, equal figures are equal files
-        figure.savefig(path.with_suffix(".png"), dpi=130)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    save(figure, path, dpi=130)
 
 
 def _colours(number: int) -> list[tuple]:
@@ -94,7 +93,10 @@ def _heads(axes: "Axes", runs: Sequence[Summary]) -> None:
     columns = np.arange(1, num_heads + 1)
     for place, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
         levels = [run.levels.get(f"heads_{heads}", Level(0.0)) for heads in columns]
-        axes.bar(columns + _shift(place, len(runs)), [level.mean for level in levels], 0.8 / len(runs), color=colour)
+        mean, low, high = (np.array([level[end] for level in levels]) for end in range(3))
+        x, error = columns + _shift(place, len(runs)), np.nan_to_num([mean - low, high - mean])
+        axes.bar(x, mean, 0.8 / len(runs), color=colour)
+        axes.errorbar(x, mean, yerr=error, fmt="none", ecolor="black", capsize=2, lw=1)
     expected = [runs[0].levels[f"heads_{heads}"].chance for heads in columns]
     axes.hlines(expected, columns - 0.4, columns + 0.4, color=CHANCE, lw=2)
     axes.set(

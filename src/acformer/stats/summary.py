@@ -2,7 +2,7 @@
 
 Pictures of one group (crops of one photograph) are not independent, so whole groups are drawn: the interval is from
 the 2.5th to the 97.5th percentile of the mean over 2,000 bootstrap samples of as many groups, drawn with replacement.
-Of a single group there is none. The samples are the same for every measure and in every run.
+Of a single group there is none. The samples are the same for every measure, and for every run of as many groups.
 """
 
 import json

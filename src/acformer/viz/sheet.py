@@ -111,10 +111,10 @@ def near_square(number: int) -> int:
     return math.ceil(math.sqrt(number))
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path, dpi: int = DPI) -> list[Path]:
     """Write `path` as PNG and as SVG, equal figures as equal files; returns both."""
     files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     with rc_context({"svg.hashsalt": "acformer"}):  # with it and without a date, equal figures are equal files
-        figure.savefig(files[0], dpi=DPI)
+        figure.savefig(files[0], dpi=dpi)
         figure.savefig(files[1], metadata={"Date": None})
     return files
