@@ -65,7 +65,7 @@ def test_python_runs(page):
 def test_commands_are_taken(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = vars(cli._parse(shlex.split(command, comments=True)[1:]))
-    if "overrides" in arguments and arguments["recipe"] in list_recipes():
+    if arguments.get("recipe") in list_recipes():
         assert_it_can_be_built(load_recipe(arguments["recipe"], arguments["overrides"]))
 
 

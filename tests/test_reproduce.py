@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 ROWS = (Row("acformer", "acformer"), Row("mlp", "mlp"))
+CHANGED = ("finetune.training.max_steps=6",)
 GEOMETRY, SMALL = Geometry(32, 32, (4, 4), 1), {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8}
 
 
@@ -280,6 +281,26 @@ class Dying:
         self.path.write_text(reason)
 
 
+@dataclass(frozen=True)
+class Closing:
+    """A task whose process shuts its end of the sentinel well before it is gone, as large ones do."""
+
+    job: Job = Job("closes")
+
+    def __call__(self):
+        os.closerange(3, 64)
+        time.sleep(0.5)
+        os._exit(0)
+
+
+def test_a_process_on_its_way_out_is_waited_for_not_asked_again_and_again(monkeypatch):
+    drawn = []
+    with tqdm(total=1, disable=True) as bar:
+        monkeypatch.setattr(bar, "set_postfix_str", drawn.append)
+        run_tasks([Closing()], 2, bar)
+    assert drawn == ["closes"]
+
+
 def test_a_process_that_dies_is_a_failed_run(tmp_path):
     with tqdm(total=1, disable=True) as bar:
         run_tasks([Dying(tmp_path / "why")], 2, bar)
@@ -420,10 +441,10 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
         "| `mlp` | 33 | 86.0 | 91.0 | 81.0 | >3 | 2.0 M | 0.2 s | 1 |",
         "| `acformer` | 33 | 80.0 ± 2.5 | 85.0 ± 2.5 | 75.0 ± 2.5 | 1 | 2.0 M | 0.2 s | 3 |",
         "| `perceiver` | 33 | did not learn (50.0 ± 24.8) |  |  | <0.3 | 2.0 M | 0.2 s | 3 |",
-        "| `pooling` |  | not measured |  |  |  |  |  |  |",
         "| `e_vit` |  | failed |  |  |  |  |  |  |",
         "| *blind* |  | 40.0 | 50.0 | 30.0 |  |  |  |  |",
     ]
+    assert "\nNot measured: `pooling`.\n" in text.split("### 0.5")[0]
     assert "`mlp` over all tokens: 86.0 (aim 85); blind: 40.0 (aim under 40)." in text
     assert "- e_vit-T33-seed0: DivergedError: loss is nan" in text
     assert "0.5 of the samples" in text
@@ -436,6 +457,28 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
 def test_a_table_whose_measure_did_not_learn_does_not_count(page):
     assert "This table does not count" in table_text(page, [measured("mlp", [0.45, 0.46])])
     assert "is not known" in table_text(page, [measured("acformer", [0.8])])
+
+
+def test_a_changed_recipe_is_another_table(copied, plan):
+    changed = replace(plan, name="longer", table="table0", scale=replace(plan.scale, overrides=CHANGED))
+    assert copied(changed, connectors=["mlp"]) != copied(plan)
+    record = record_of(copied.results, "mlp-T16-seed0", "longer-mini")
+    assert record["recipe"]["finetune"]["training"]["max_steps"] == 6
+    text = (copied.results / "longer-mini/table.md").read_text()
+    assert f"`acformer reproduce table0 {CHANGED[0]} --scale mini --name longer`" in text
+    assert "Not measured: `acformer`." in text
+
+
+@pytest.mark.parametrize("name", [None, "table3", "table4"])
+def test_a_changed_recipe_needs_a_name_of_its_own(name):
+    with pytest.raises(UsageError, match="--name"):
+        plan_for("table3", "cpu", overrides=CHANGED, name=name)
+
+
+def test_a_name_alone_is_the_same_plan_elsewhere():
+    mine = plan_for("table3", "cpu", name="mine")
+    assert (mine.folder, mine.command) == ("mine-cpu", "acformer reproduce table3 --scale cpu --name mine")
+    assert plan_for("table3", "cpu", name="table3") == plan_for("table3", "cpu")
 
 
 def test_tables_come_from_the_registries():

@@ -11,6 +11,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("reproduce", parents=[common], help="train and score every row of a table of the paper")
     sub.add_argument("table", help="table3, table4 or figure1")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the scale's recipe; needs --name")
+    sub.add_argument("--name", help="of the table, where it is not the paper's: results go to OUT/NAME-SCALE")
     sub.add_argument("--scale", default="cpu", help="cpu (two cores, hours) or gpu (default cpu)")
     sub.add_argument("--seeds", type=positive, help="runs a row (default: the plan's)")
     sub.add_argument("--connectors", nargs="+", metavar="NAME", help="train only these connectors' rows")
@@ -25,7 +27,9 @@ def run(arguments: argparse.Namespace) -> str:
     """The table; an error if a run failed."""
     from acformer.reproduce.plans import plan_for
 
-    plan = plan_for(arguments.table, arguments.scale, arguments.seeds)  # before torch, as in `train`
+    plan = plan_for(  # before torch, as in `train`
+        arguments.table, arguments.scale, arguments.seeds, overrides=arguments.overrides, name=arguments.name
+    )
     from acformer.reproduce.run_plan import reproduce
 
     return reproduce(

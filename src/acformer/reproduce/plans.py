@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from acformer.errors import unknown_name
+from acformer.errors import UsageError, unknown_name
+from acformer.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Search:
 class Scale:
     """What a machine of some size can run; every row of a table runs under it.
 
-    recipe: name or file; all that there is to a training but connector, learning rate and seed. budgets: T, visual
-    tokens. data: what is evaluated, the first `limit` questions. sizes: options of single connectors where their
-    defaults are not of this size (a recipe's own `connector_kwargs` are taken by all stacks). warm_start: a recipe
-    that is run once, whose language model every row starts from. fetch: embedded names that must be there.
+    recipe: name or file; all that there is to a training but connector, learning rate and seed. overrides: changes of
+    it, `key=value` as in `acformer train`. budgets: T, visual tokens. data: what is evaluated, the first `limit`
+    questions. sizes: options of single connectors where their defaults are not of this size (a recipe's own
+    `connector_kwargs` are taken by all stacks). warm_start: a recipe that is run once, whose language model every row
+    starts from. fetch: embedded names that must be there.
     """
 
     name: str
@@ -59,22 +61,38 @@ class Scale:
     fetch: tuple[str, ...] = ()
     needs_accelerator: bool = False
     note: str = ""
+    overrides: tuple[str, ...] = ()
+
+    def load_recipe(self) -> Recipe:
+        """The recipe as it is run, without a folder of its own; `UsageError` for one that there is not."""
+        return replace(load_recipe(self.recipe, self.overrides), output_dir="", resume=True)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table at a scale. fractions: of the samples, below 1, with which the rows are trained too (same steps)."""
+    """A table at a scale. fractions: of the samples, below 1, with which the rows are trained too (same steps).
+
+    table: the one that it is a variant of, where it has a name of its own.
+    """
 
     name: str
     asks: str
     scale: Scale
     rows: tuple[Row, ...]
     fractions: tuple[float, ...] = ()
+    table: str | None = None
 
     @property
     def folder(self) -> str:
         """`table3-cpu`: where its results lie."""
         return f"{self.name}-{self.scale.name}"
+
+    @property
+    def command(self) -> str:
+        """What makes it, but for `--connectors` and `--seeds`."""
+        name = ("--name", self.name) if self.table else ()
+        words = "acformer reproduce", self.table or self.name, *self.scale.overrides, "--scale", self.scale.name, *name
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -86,16 +104,28 @@ class Table:
     fractions: tuple[float, ...] = ()
 
 
-def plan_for(table: str, scale: str, seeds: int | None = None) -> Plan:
-    """The plan of a table at a scale; `UsageError` for a name that is neither."""
+def plan_for(
+    table: str, scale: str, seeds: int | None = None, *, overrides: Sequence[str] = (), name: str | None = None
+) -> Plan:
+    """The plan of a table at a scale.
+
+    With `overrides`, `key=value` changes of the scale's recipe, the plan needs a `name` of its own: what is trained
+    otherwise does not belong into the same table.
+
+    Raises:
+        UsageError: no such table or scale; a changed recipe without a new name.
+    """
     if table not in TABLES:
         raise unknown_name("table", table, TABLES)
     if scale not in SCALES:
         raise unknown_name("scale", scale, SCALES)
-    chosen, size = TABLES[table], SCALES[scale]
+    if overrides and (name is None or name in TABLES):
+        raise UsageError(f"a changed recipe makes another table than {name or table}: give it a --name of its own")
+    chosen, size = TABLES[table], replace(SCALES[scale], overrides=tuple(overrides))
     if seeds is not None:
         size = replace(size, seeds=seeds)
-    return Plan(table, chosen.asks, size, chosen.rows(), chosen.fractions)
+    variant_of = None if name in (None, table) else table
+    return Plan(name or table, chosen.asks, size, chosen.rows(), chosen.fractions, variant_of)
 
 
 def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from acformer.embedded import fetch
 from acformer.errors import AcFormerError, UsageError
-from acformer.recipe import load_recipe
 from acformer.reproduce.execute import Task
 from acformer.reproduce.figure import draw_figure
 from acformer.reproduce.plans import Plan, chosen_rows
@@ -51,7 +50,7 @@ def reproduce(
     chosen = chosen_rows(plan, connectors)
     if plan.scale.needs_accelerator and not torch.accelerator.is_available():
         raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
-    load_recipe(plan.scale.recipe)  # a missing one is told before anything is fetched
+    plan.scale.load_recipe()  # a missing one is told before anything is fetched
     if plan.scale.fetch:
         fetch(plan.scale.fetch, progress=progress)
     cells = cells_of(plan)

@@ -146,7 +146,7 @@ def start_fingerprint(plan: Plan) -> str:
 
 def cells_of(plan: Plan) -> list[Cell]:
     """Every row at every budget, then with every share of the samples; connectors that cannot are told, not dropped."""
-    base = replace(load_recipe(plan.scale.recipe), output_dir="", resume=True)
+    base = plan.scale.load_recipe()
     geometry = geometry_of(base.model)
     places = [(budget, 1.0) for budget in plan.scale.budgets]
     places += [(plan.scale.scaling_budget, fraction) for fraction in plan.fractions]

@@ -41,8 +41,8 @@ def run_tasks(tasks: Sequence[Task], jobs: int, bar: tqdm) -> None:
             while waiting and len(running) < jobs:
                 running.append((_start(waiting[0], num_cores() // jobs), waiting.pop(0)))
             bar.set_postfix_str(", ".join(task.job.name for _, task in running))
-            wait([process.sentinel for process, _ in running])
-            for pair in [(process, task) for process, task in running if not process.is_alive()]:
+            ended = wait([process.sentinel for process, _ in running])  # is_alive may lag behind: not asked
+            for pair in [pair for pair in running if pair[0].sentinel in ended]:
                 running.remove(pair)
                 _finish(*pair)
                 bar.update(pair[1].job.cost)

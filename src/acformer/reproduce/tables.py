@@ -99,7 +99,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     parts = [
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
-        f"Made by `acformer reproduce {plan.name} --scale {scale.name}`: recipe `{scale.recipe}`, the same samples and "
+        f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and "
         f"steps for every row; the connector's learning rate is the best of {len(scale.search.factors)} tried by every "
         f"row for {scale.search.fraction:g} of the steps. Scores in percent, mean and 95 % interval over seeds "
         "(Student's t, where there are several); *average* is the mean of the families, *blind* the most frequent "
@@ -122,7 +122,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
 
 
 def _table(cells: Sequence[Measured], data: str) -> str:
-    """One line a row, best first; then the blind line."""
+    """One line a row, best first; then the blind line, and the names of the rows that were not run."""
     known = [cell for cell in cells if cell.records]
     columns = shown_scores(known[0].records[0]["scores"][data]) if known else {AVERAGE: Score(math.nan)}
     blind = ["" if math.isnan(score.blind) else f"{100 * score.blind:.1f}" for score in columns.values()]
@@ -130,11 +130,12 @@ def _table(cells: Sequence[Measured], data: str) -> str:
     ranked = sorted(known, key=lambda cell: -mean_interval(cell.values(data))[0])
     ranked.sort(key=lambda cell: not cell.learned(data))
     lines = [_line(cell, data, list(columns)) for cell in ranked]
-    for cell in cells:
-        if not cell.records:
-            lines.append([f"`{cell.name}`", "", "failed" if cell.errors else "not measured", *[""] * (len(head) - 3)])
+    missing = [cell for cell in cells if not cell.records]
+    lines += [[f"`{cell.name}`", "", "failed", *[""] * (len(head) - 3)] for cell in missing if cell.errors]
     lines.append(["*blind*", "", *blind, "", "", "", ""])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+    unknown = ", ".join(f"`{cell.name}`" for cell in missing if not cell.errors)
+    return f"{table}\n\nNot measured: {unknown}." if unknown else table
 
 
 def _line(cell: Measured, data: str, columns: Sequence[str]) -> list[str]:
