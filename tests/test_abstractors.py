@@ -19,7 +19,6 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 from acformer.connectors import Connector, Geometry, build_connector
 from acformer.connectors.attention import MultiHeadAttention
 from acformer.connectors.deformable import DeformableAttention, DeformableLayer, sample, uniform_points
-from acformer.connectors.initialise import initialise
 from acformer.connectors.patch_blocks import as_block, nearest_block, split_blocks
 from acformer.connectors.token_grid import nearest_num_tokens, token_grid
 from acformer.errors import UsageError
@@ -390,6 +389,24 @@ class TestTokenPacker:
     def test_32_tokens(self):
         assert build("token_packer", Geometry(32, 24, (16, 16), 1), scale=[2, 4], levels=[]).num_tokens == 32
 
+    def test_starts_as_released(self):
+        """Linears drawn alike whatever their width; of torch's attention, q, k and v as one Xavier matrix."""
+        torch.manual_seed(0)
+        connector = build_connector("token_packer", Geometry(256, 320, (6, 6), 1), levels=[1, 2])
+        theirs = nn.MultiheadAttention(256, 8).in_proj_weight
+        projections = [getattr(connector.attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        for module in connector.modules():
+            if isinstance(module, nn.Linear):
+                # The smallest are 65,536 draws: deviations within 1 %, four standard errors.
+                deviation = theirs.std().item() if module in projections else 0.02
+                assert module.weight.std().item() == pytest.approx(deviation, rel=0.012)
+                assert module.bias is None or not module.bias.any()
+            if isinstance(module, nn.LayerNorm):
+                assert torch.equal(module.weight, torch.ones(256))
+                assert not module.bias.any()
+        most = max(linear.weight.abs().max().item() for linear in projections)
+        assert most == pytest.approx(theirs.abs().max().item(), rel=1e-3), "uniform to the same bound"
+
     def test_features_without_levels(self, make_features):
         with pytest.raises(UsageError, match=r"reads levels \[1, 2\] .* levels=\[1, 2\], or build it with levels=\[\]"):
             build("token_packer", levels=[1, 2])(make_features(SQUARE))
@@ -422,29 +439,23 @@ def small(name: str) -> dict:
     return {"token_packer": {"levels": []}, "q_former": {"hidden_size": 24, "depth": 1}}.get(name, {})
 
 
-def test_initialise_keeps_each_ones_own_start():
-    """Drawn anew from large weights, as transformers does for weights that a checkpoint lacks."""
-
-    def afresh(name: str, **options) -> Connector:
-        connector = build_connector(name, SQUARE, **options)
-        for parameter in connector.parameters():
-            nn.init.constant_(parameter, 9.0)
-        with torch.no_grad():
-            initialise(connector)
-        return connector
-
-    deformable = afresh("d_abstractor", num_tokens=9, num_heads=4, depth=1)
+def test_weights_start_as_in_the_sources():
+    torch.manual_seed(0)
+    deformable = build_connector("d_abstractor", SQUARE, num_tokens=9, num_heads=4, depth=1)
     attention = deformable.layers[0].attention
     assert not deformable.shifts.any()
     assert not attention.weight_proj.weight.any()
     assert torch.equal(attention.offset_proj.bias, DeformableAttention(32, 4, 4).offset_proj.bias)
     assert 0.9 < deformable.positions.std() < 1.1
-    q_former = afresh("q_former", hidden_size=96, depth=1)
+    q_former = build_connector("q_former", SQUARE, hidden_size=96, depth=1)
     query = q_former.q_former.encoder.layer[0].attention.attention.query
     assert not query.bias.any()
     # 0.02 of 9,216 normal draws, 3,072 for the queries: within 5 %.
     assert query.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert q_former.queries.std().item() == pytest.approx(0.02, rel=0.05)
-    convolution = afresh("ldp_v2", num_tokens=9).positions
+    packer = build_connector("token_packer", SQUARE, levels=[1, 2])
+    assert not packer.k_proj[0].bias.any()
+    assert packer.projector[0].weight.std().item() == pytest.approx(0.02, rel=0.1)  # of 768 draws, four standard errors
+    convolution = build_connector("ldp_v2", SQUARE, num_tokens=9).positions
     for drawn in (convolution.weight, convolution.bias):  # uniform to 1 / 3, as PyTorch's own of nine inputs
         assert 0.2 < drawn.abs().max() <= 1 / 3

@@ -105,7 +105,7 @@ def test_bytes_of_weights_and_cache_are_those_of_the_tensors():
 @pytest.mark.parametrize("name", list_connectors())
 def test_gradients_cost_one_to_two_forward_passes(name):
     """Weights' gradients once; gradients that must go on, once more. Blank features need none."""
-    connector = build_connector(name, Geometry(32, 32, (4, 4), 1), **tiny.CONNECTORS[name])
+    connector = build_connector(name, Geometry(32, 32, (4, 4), 1), **tiny.small_options(name))
     forward, step = floors.connector_flops(connector), floors.connector_step_flops(connector)
     assert 2 * forward <= step <= 3 * forward
     assert all(p.grad is None and p.device == CPU for p in connector.parameters())

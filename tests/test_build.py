@@ -3,8 +3,9 @@
 import pytest
 import tiny
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from acformer.build import _new_text, parse_device
+from acformer.build import _new_text, _pretrained_text, parse_device, train_tokenizer
 from acformer.errors import UsageError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -15,6 +16,20 @@ def test_a_new_language_model_has_the_tokenizers_vocabulary():
     model = _new_text(options, tiny.tokenizer(), torch.float32)
     assert model.config.vocab_size == len(tiny.tokenizer())
     assert (model.config.hidden_size, model.config.n_inner) == (32, 16)
+
+
+def test_what_is_saved_pads_on_the_left(tmp_path):
+    """An answer begins right behind its prompt, whatever the language model's own tokenizer did."""
+    tokenizer = train_tokenizer(["What?"], 300)
+    tokenizer.save_pretrained(tmp_path / "new")
+    _new_text(SIZES, tokenizer, torch.float32).save_pretrained(tmp_path / "text")
+    right = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", padding_side="right"
+    )
+    right.save_pretrained(tmp_path / "text")
+    _pretrained_text(str(tmp_path / "text"), torch.float32)[0].save_pretrained(tmp_path / "loaded")
+    for folder, side in (("new", "left"), ("text", "right"), ("loaded", "left")):
+        assert AutoTokenizer.from_pretrained(tmp_path / folder).padding_side == side
 
 
 @pytest.mark.parametrize(

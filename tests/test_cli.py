@@ -78,6 +78,28 @@ def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
         assert message in err
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "code", "message"),
+    [
+        ("config", {"connector_kwargs": [1]}, 2, "config field connector_kwargs must be dict, got [1]"),
+        ("config", {"fusion_kwargs": "x"}, 2, "config field fusion_kwargs must be dict, got 'x'"),
+        ("config", {"feature_layer": "x"}, 2, "config field feature_layer must be int, got 'x'"),
+        ("config", {"image_size": "big"}, 2, "config field image_size must be int, got 'big'"),
+        ("config", {"vision_config": 3}, 2, "config field vision_config must be dict, got 3"),
+        ("config", {"vision_config": {"model_type": "clip"}}, 4, "cannot load"),
+        ("config", {"text_config": {"model_type": "t5"}}, 4, "cannot load"),
+        ("config", {"num_image_tokens": 3}, 4, "cannot load"),
+        ("config", {"image_token_id": None}, 4, "prompts for image_token_id 3, but its model has None"),
+        ("processor_config", {"num_image_tokens": 9}, 4, "prompts for num_image_tokens 9, but its model has 5"),
+        ("processor_config", {"fusion": "gated_cross_attention"}, 4, "but its model has 'concat': take the processor"),
+    ],
+)
+def test_configs_that_are_wrong(capsys, photo, model_folder, file, field, code, message):
+    path = model_folder / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
+    assert message in refused(capsys, code, "ask", model_folder, photo, "what?")
+
+
 def test_pictures_that_cannot_be_read(capsys, tmp_path, model_folder):
     assert "no/photo.png" in refused(capsys, 3, "ask", model_folder, tmp_path / "no/photo.png", "what?")
     (tmp_path / "text.jpg").write_text("not a picture")
@@ -186,7 +208,7 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path, photo, model_folder, 
         (("connectors",), signal.SIGTERM, 143),
         (("train", "tiny"), signal.SIGINT, 130),
         (("train", "tiny"), signal.SIGTERM, 75),
-        (("quickstart",), signal.SIGTERM, 75),
+        (("quickstart",), signal.SIGTERM, 143),
         (("reproduce", "table3"), signal.SIGTERM, 75),
     ],
 )
@@ -199,7 +221,9 @@ def test_only_what_can_go_on_says_so(capsys, monkeypatch, command, stop, expecte
         signal.signal(number, handler)
     assert code == expected
     assert err.startswith("acformer: interrupted")
-    assert ("the same command goes on from the last checkpoint of the run" in err) is (command[0] != "connectors")
+    assert ("the same command goes on from the last checkpoint of the run" in err) is (
+        command[0] in ("train", "reproduce")
+    )
 
 
 def test_of_a_workers_error_only_the_message_is_shown(capsys, monkeypatch):

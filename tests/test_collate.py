@@ -106,22 +106,23 @@ def test_a_picture_of_several_samples_is_encoded_once(processor, pictures):
 def test_one_bad_sample_in_a_batch_of_one_does_not_end_the_run(processor, pictures, tmp_path):
     log = SkipLog()
     log.offered = 1000
-    samples = [make_sample("a", pictures[0]), bad_samples(pictures, tmp_path)["t"]]
-    collator = Collator(processor, skip_log=log)
-    batches = [collator([item]) for item in ConversationDataset(samples, processor)]
-    assert [batch["sample_ids"] for batch in batches] == [["a"], ["a"]]
-    assert log.skipped == 1
-
-
-def test_a_bad_first_batch_is_replaced_from_the_data_set(processor, pictures, tmp_path):
-    log = SkipLog()
-    log.offered = 1000
     bad = bad_samples(pictures, tmp_path)
     dataset = ConversationDataset([bad["t"], bad["n"], make_sample("a", pictures[0]), make_sample("b")], processor)
     collator = Collator(processor, skip_log=log, dataset=dataset)
     batches = [collator([dataset[index]]) for index in range(len(dataset))]
     assert [batch["sample_ids"] for batch in batches] == [["a"], ["a"], ["a"], ["b"]]
     assert log.skipped == 2
+
+
+def test_what_takes_the_place_of_a_bad_batch_does_not_depend_on_what_came_before(processor, pictures, tmp_path):
+    """After a resume, and in each worker, another batch came before."""
+    log = SkipLog()
+    log.offered = 1000
+    samples = [make_sample("a", pictures[0]), make_sample("b"), bad_samples(pictures, tmp_path)["t"]]
+    dataset = ConversationDataset(samples, processor)
+    for before in ([], [0], [1]):
+        collator = Collator(processor, skip_log=log, dataset=dataset)
+        assert [collator([dataset[index]])["sample_ids"] for index in [*before, 2]][-1] == ["a"]
 
 
 def bad_samples(pictures, tmp_path):

@@ -46,6 +46,9 @@ GEOMETRIES = {
 }
 names = pytest.mark.parametrize("name", list_connectors())
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+# Every connector, and with every selector where it takes one.
+CHOICES: list[tuple[str, dict[str, str]]] = [(name, {}) for name in list_connectors()]
+CHOICES += [(n, {"selector": other}) for n, _ in CHOICES if "selector" in connector_options(n) for other in SELECTORS]
 
 
 def small(name: str, geometry: Geometry = CLIP, seed: int = 0, **kwargs: Any) -> Connector:
@@ -126,18 +129,21 @@ def test_builds_without_memory(name):
     assert all(parameter.is_meta for parameter in connector.parameters())
 
 
-@names
-@pytest.mark.parametrize("num_tokens", [7, 13, 31])
-def test_any_number_of_tokens_or_a_refusal(name, num_tokens, make_features):
+@pytest.mark.parametrize(("name", "options"), CHOICES, ids=[" ".join((name, *kw.values())) for name, kw in CHOICES])
+@pytest.mark.parametrize("num_tokens", [7, 13, 31, 37, 38, 43])
+def test_any_number_of_tokens_or_a_refusal(name, options, num_tokens, make_features):
     """An elastic connector gives any number that one built for it would give, and says what it can else."""
-    connector = small(name)
+    connector = small(name, **options)
     features = make_features(connector)
-    possible = small(name, **budget_options(name, CLIP, num_tokens)).num_tokens == num_tokens
+    possible = small(name, **options, **budget_options(name, CLIP, num_tokens)).num_tokens == num_tokens
     if connector.elastic and possible:
-        assert connector(features, num_tokens).shape == (2, num_tokens, 24)
+        output = connector(features, num_tokens)
+        assert output.shape == (2, num_tokens, 24)
+        assert output.isfinite().all()
         assert torch.equal(connector(features), connector(features, connector.num_tokens))
     else:
-        refusal = r"nearest: \d|must be in 1\.\.36" if connector.elastic else f"always gives {connector.num_tokens} "
+        can = r"nearest: \d|must be in 1\.\.36|all 36 patches are chosen"
+        refusal = can if connector.elastic else f"always gives {connector.num_tokens} "
         with pytest.raises(UsageError, match=refusal):
             connector(features, num_tokens)
 
@@ -448,9 +454,16 @@ class TestPooling:
         assert torch.equal(connector(features), connector.projector(features.tokens))
 
     @pytest.mark.parametrize("name", ["pooling", "pooling_pr"])
-    def test_a_number_without_layout(self, name):
-        with pytest.raises(UsageError, match=r"7 tokens cannot be laid out .* 6 x 6 patches; nearest: 6 and 8"):
+    def test_a_number_without_layout(self, name, make_features):
+        """Told in numbers that can be given: with [CLS], which is one of them."""
+        refusal = r"^8 tokens cannot be laid out as 1 \+ rows x columns within 6 x 6 patches; nearest: 7 and 9$"
+        with pytest.raises(UsageError, match=refusal):
             small(name, num_tokens=8)
+        with pytest.raises(UsageError, match=refusal):
+            small(name)(make_features(CLIP), 8)
+        assert {small(name, num_tokens=count).num_tokens for count in (7, 9)} == {7, 9}
+        with pytest.raises(UsageError, match=r"^7 tokens cannot be laid out as rows x columns .* nearest: 6 and 8$"):
+            small(name, GEOMETRIES["siglip"], num_tokens=7)
 
     def test_stack_reads_the_same_queries(self, make_features):
         features, connector = make_features(CLIP), small("pooling_pr")

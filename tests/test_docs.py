@@ -97,10 +97,13 @@ def test_three_steps_are_enough(tmp_path):
     package = tmp_path / "src/acformer/connectors"
     (package / "strided.py").write_text(code)
     registry = (package / "__init__.py").read_text()
-    opening = "CONNECTORS: dict[str, type[Connector]] = {\n"
+    opening = '    "acformer.connectors",\n    {\n'
     assert opening in registry
-    (package / "__init__.py").write_text(registry.replace(opening, f"{imported}\n\n{opening}{line}"))
-    command = [sys.executable, "-m", "pytest", "tests/test_connectors.py", "-k", "strided", "-p", "no:cacheprovider"]
+    first = "CONNECTORS = Registry"
+    registry = registry.replace(opening, opening + line).replace(first, f"{imported}\n\n{first}")
+    (package / "__init__.py").write_text(registry)
+    files = [f"tests/test_{name}.py" for name in ("connectors", "modeling", "bench")]
+    command = [sys.executable, "-m", "pytest", *files, "-k", "strided", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
     result = subprocess.run([*command, "-rA"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

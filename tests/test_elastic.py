@@ -19,6 +19,7 @@ from acformer.elastic import ElasticBudget, elastic_choices, without
 from acformer.errors import UsageError
 from acformer.evaluate.generate import answer
 from acformer.hf import AcFormerForConditionalGeneration
+from acformer.selectors import SELECTORS
 from acformer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -60,8 +61,9 @@ def test_a_step_draws_its_own_number_and_always_the_same():
     assert all(140 < count < 260 for count in counts.values())
 
 
-def test_the_range_must_fit_the_connector():
-    acformer = build_connector("acformer", CLIP, **SMALL)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_the_range_must_fit_the_connector(selector):
+    acformer = build_connector("acformer", CLIP, **{**SMALL, "selector": selector})
     assert elastic_choices(acformer, 2, 17) == tuple(range(2, 18))
     with pytest.raises(UsageError, match=r"elastic range 2\.\.18: 18 tokens do not fit: num_anchors must be in 1\.\."):
         elastic_choices(acformer, 2, 18)

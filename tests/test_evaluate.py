@@ -1,6 +1,7 @@
 """Scores against values worked out by hand; answers that do not depend on the batch."""
 
 import json
+from itertools import islice
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from acformer.data.sources import load_samples
 from acformer.errors import DataError, ImageError
 from acformer.evaluate.families import MEASURES, Reply, blind_replies, family_scores
 from acformer.evaluate.generate import answer, ask
-from acformer.evaluate.report import evaluate, evaluation_samples, training_questions
+from acformer.evaluate.report import as_reply, evaluate, evaluation_samples, training_questions
 from acformer.evaluate.scorers import (
     accuracy_by_kind,
     exact_match,
@@ -23,6 +24,7 @@ from acformer.evaluate.scorers import (
     normalise_vqa,
     vqa_score,
 )
+from acformer.scenes.dataset import undrawn_samples
 
 
 @pytest.fixture
@@ -122,6 +124,28 @@ def test_a_circle_is_right_in_all_orders_or_not_at_all():
     measure = MEASURES["choose"](circle + broken)
     assert measure.score(measure.rows.sum(axis=0)) == pytest.approx(0.5)
     assert measure.details["accuracy"] == 5 / 8
+
+
+def test_a_circle_is_one_picture_and_ends_in_its_order():
+    """Ids may be paths: nine of ten questions about ten pictures are nine tenths."""
+    for ids in ("coco/{:06d}.jpg", "coco/{}", "val/{}/7", "{}"):
+        keys = [ids.format(number) for number in range(10)]
+        alone = [
+            reply("choose", "A", "B" if n == 0 else "A", picture=f"{n}.jpg", key=key) for n, key in enumerate(keys)
+        ]
+        measure = MEASURES["choose"](alone)
+        assert measure.score(measure.rows.sum(axis=0)) == pytest.approx(0.9), ids
+    same = [reply("choose", "A", "B" if n == 0 else "A", key=f"coco/{n:06d}.jpg") for n in range(10)]
+    measure = MEASURES["choose"](same)
+    assert measure.score(measure.rows.sum(axis=0)) == pytest.approx(0.9), "ten questions about one picture"
+
+
+def test_the_scenes_circles_are_of_four():
+    samples = islice(undrawn_samples("openmoji-scenes-small", "test"), 100)
+    choices = [as_reply(sample) for sample in samples if sample.kind == "choose"]
+    whole = len(choices) // 4 * 4  # the last may be cut off
+    assert whole > 12
+    assert MEASURES["choose"](choices).rows[:whole, 1].tolist() == [1 / 4] * whole
 
 
 def test_families_and_their_average():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import data, recipe  # noqa: F401 (fixtures)
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, AutoModel, GenerationConfig
 
 from acformer.checkpoints import load_model
 from acformer.data.samples import Sample
@@ -138,15 +138,15 @@ def test_a_block_before_every_second_layer():
 
 
 def test_rows_of_a_batch_do_not_meet():
-    model, logits = opened(), None
-    logits = model(**batch()).logits
+    model = opened()
+    logits = model(**batch(padding_side="right")).logits
     for row, (text, images) in enumerate([(ONE, [tiny.picture(0)]), (TWO, tiny.pictures([1, 2])), (NONE, None)]):
         expected = model(**inputs(text, images)).logits[0]
         torch.testing.assert_close(logits[row, : len(expected)], expected, **CLOSE)
 
 
 def test_a_row_without_images_is_not_touched():
-    given = batch()
+    given = batch(padding_side="right")
     length = given["attention_mask"][2].sum()
     assert torch.equal(opened()(**given).logits[2, :length], closed()(**given).logits[2, :length])
 
@@ -226,6 +226,22 @@ def test_any_budget_with_one_place_in_the_prompt():
         own.model.connector = AcFormerModel(own.config).connector
         own.model.connector.load_state_dict(model.model.connector.state_dict())
         assert torch.equal(greedy(own, inputs(ONE, [tiny.picture()])), greedy(model, given))
+
+
+def test_prompt_lookup_is_refused():
+    """It would propose the prompt's own <image>, and the blocks would look for one more image."""
+    model, given = opened(), inputs(TWO, tiny.pictures([1, 2]))
+    said = greedy(model, given)
+    for told in (
+        {"prompt_lookup_num_tokens": 3},
+        {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=8)},
+    ):
+        with pytest.raises(UsageError, match=f"prompt_lookup_num_tokens .* fusion {GATED}"):
+            model.generate(**given, **told)
+    assert torch.equal(greedy(model, given, prompt_lookup_num_tokens=None), said)
+    model.generation_config.prompt_lookup_num_tokens = 3
+    with pytest.raises(UsageError, match="prompt_lookup_num_tokens"):
+        greedy(model, given)
 
 
 def test_answers_of_the_evaluation(tmp_path):

@@ -1,4 +1,7 @@
-"""What a generation costs, by counts, and the ways to make it cheaper: image tokens given, static cache, compiled."""
+"""What a generation costs, by counts, and the ways to make it cheaper: image tokens given, static cache, compiled.
+
+And the ways to start one: a batch as it comes from the processor, embeddings, a cache that holds the pictures.
+"""
 
 import pytest
 import tiny
@@ -7,7 +10,7 @@ import transformers
 from packaging.version import Version
 from test_fusion import GATED, opened
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache, pipeline
 
 ONE = "USER: <image>\nWhat? ASSISTANT:"
 TWO = "USER: <image> and <image>\nWhich is it? ASSISTANT:"
@@ -25,6 +28,65 @@ def prompts(model):
     processor = tiny.processor(model.config.num_image_tokens, fusion=model.config.fusion)
     images = [[tiny.picture(0)], tiny.pictures([1, 2]), []]
     return processor(images, [ONE, TWO, NONE], return_tensors="pt", padding=True, padding_side="left")
+
+
+def test_the_batch_does_not_change_the_answer(model):
+    """With nothing said about padding: of a call, and of transformers' pipeline."""
+    processor = tiny.processor(model.config.num_image_tokens, fusion=model.config.fusion)
+    texts, images = [ONE, TWO, NONE], [[tiny.picture(0)], tiny.pictures([1, 2]), []]
+    inputs = processor(images, texts, return_tensors="pt", padding=True)
+    together = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    for text, pictures, said in zip(texts, images, together, strict=True):
+        alone = processor(pictures or None, text, return_tensors="pt")
+        assert torch.equal(model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :], said)
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": text}]}]
+        for text in ("What?", "Which colour is the thing on the left?")
+    ]
+    answers = pipeline("image-text-to-text", model=model, processor=processor)
+    one_by_one, in_pairs = (
+        answers(text=chats, batch_size=size, return_full_text=False, generate_kwargs=GREEDY) for size in (1, 2)
+    )
+    assert in_pairs == one_by_one
+    assert in_pairs[0] != in_pairs[1]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_embeddings_stand_in_for_ids(model, beams):
+    inputs, options = prompts(model), {**GREEDY, "num_beams": beams}
+    length = inputs["input_ids"].shape[1]
+    said = model.generate(**inputs, **options)[:, length:]
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, **options), said)
+    without = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    with pytest.raises(ValueError, match="the images give 0"):
+        model.generate(**without, **options)
+
+
+def test_a_dialogue_goes_on_from_the_cache():
+    """The pictures that it holds are not needed again; a new one is."""
+    model = tiny.model()
+    inputs, cache = tiny.inputs(TWO, tiny.pictures([1, 2])), DynamicCache()
+    first = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    ids = torch.cat([first, tiny.tokenizer()("And?", return_tensors="pt")["input_ids"]], 1)
+    longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    said = model.generate(**longer, pixel_values=inputs["pixel_values"], **GREEDY)
+    ids = torch.cat([ids, torch.tensor([[model.config.image_token_id]])], 1)
+    with pytest.raises(ValueError, match="hold 1 image tokens but the images give 0"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
+    assert torch.equal(model.generate(**longer, past_key_values=cache, **GREEDY), said)
+
+
+def test_a_gated_model_needs_the_pictures_beside_the_cache():
+    model, cache = opened(), DynamicCache()
+    inputs = tiny.processor(1, fusion=GATED)(tiny.pictures([1, 2]), TWO, return_tensors="pt")
+    ids = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(ValueError, match="hold 2 image tokens but the images give 0"):
+        model.generate(**longer, past_key_values=cache, **GREEDY)
+    said = model.generate(**longer, pixel_values=inputs["pixel_values"], **GREEDY)
+    again = model.generate(**longer, pixel_values=inputs["pixel_values"], past_key_values=cache, **GREEDY)
+    assert torch.equal(again, said)
 
 
 def tokens_for(model, inputs) -> list[torch.Tensor]:

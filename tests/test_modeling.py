@@ -31,7 +31,7 @@ def model():
 @pytest.fixture
 def batch():
     """Rows with one, two and no images; 3 images of 5 tokens."""
-    return tiny.inputs([ONE, TWO, NONE], [[tiny.picture(0)], tiny.pictures([1, 2]), []])
+    return tiny.inputs([ONE, TWO, NONE], [[tiny.picture(0)], tiny.pictures([1, 2]), []], padding_side="right")
 
 
 @pytest.fixture

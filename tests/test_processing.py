@@ -1,6 +1,7 @@
 """The processor: one `<image>` becomes T image tokens, whatever the picture; what it refuses; what it saves."""
 
 import json
+import socket
 from importlib.metadata import version
 
 import numpy as np
@@ -8,8 +9,12 @@ import pytest
 import tiny
 import torch
 from packaging.version import Version
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
+from acformer.data.conversation import encode_prompt
+from acformer.errors import ImageError
 from acformer.hf import AcFormerProcessor
 
 TEXT = "USER: <image>\nWhat? ASSISTANT:"
@@ -75,6 +80,49 @@ def test_tags_and_images_must_agree(processor, tags, images):
         processor(tiny.pictures(range(images)) or None, "Look: " + "<image>" * tags, return_tensors="pt")
 
 
+def test_each_prompt_has_its_own_images(processor):
+    """Not only as many as there are tags in all: row 1 would read the picture of row 0."""
+    first, second, third = tiny.pictures([0, 1, 2])
+    texts = [TEXT, "<image><image> Which?"]
+    with pytest.raises(ValueError, match="row 0: its prompt holds 1 <image> tags, its images are 2"):
+        processor([[first, second], [third]], texts)
+    with pytest.raises(ValueError, match="row 1: its prompt holds 2 <image> tags, its images are 1"):
+        processor([[first], [second]], texts)
+    with pytest.raises(ValueError, match="1 lists of images for 2 prompts"):
+        processor([[first, second, third]], texts)
+    nested, flat = (processor(images, texts) for images in ([[first], [second, third]], [first, second, third]))
+    assert np.array_equal(nested["pixel_values"], flat["pixel_values"])
+
+
+@pytest.mark.parametrize("images", [[], [[]], [[], []]])
+def test_no_images_at_all(processor, images):
+    texts = ["Who?"] * max(1, len(images))
+    assert processor(images, texts) == processor(None, texts)
+    with pytest.raises(ValueError, match="<image>"):
+        processor(images, [TEXT] * len(texts))
+
+
+def test_the_begin_token_is_written_once():
+    """With a tokenizer that adds one, as Vicuna's: the prompt that training saw."""
+    processor = tiny.processor()
+    begin = processor.tokenizer.bos_token_id
+    adds = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)])
+    processor.tokenizer.backend_tokenizer.post_processor = adds
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    chat = [{"role": "user", "content": parts}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    trained = encode_prompt(processor, chat)
+    assert trained.count(begin) == 1
+    assert processor(tiny.picture(), prompt)["input_ids"] == [trained]
+    assert processor(tiny.pictures([0, 1]), [prompt, prompt])["input_ids"] == [trained, trained]
+    assert processor(tiny.picture(), prompt, num_image_tokens=2)["input_ids"][0].count(begin) == 1
+    assert processor(text="Who?")["input_ids"][0][0] == begin
+    assert processor(tiny.picture(), prompt, add_special_tokens=True)["input_ids"][0].count(begin) == 2
+    assert (
+        processor(tiny.picture(), prompt, text_kwargs={"add_special_tokens": True})["input_ids"][0][:2] == [begin] * 2
+    )
+
+
 def test_truncation_into_the_image_is_refused(processor):
     with pytest.raises(ValueError, match="truncation"):
         processor(tiny.picture(), TEXT, truncation=True, max_length=6)
@@ -114,6 +162,46 @@ def test_chat_template_takes_content_lists(processor, tokens):
     assert set(inputs) == set(expected)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_files_are_opened_by_load_image(processor, tmp_path):
+    """Transparency on white, where transformers shows the colour that lies hidden in it."""
+    path = tmp_path / "clear.png"
+    Image.new("RGBA", (20, 14), (255, 0, 0, 0)).save(path)
+    white = processor(Image.new("RGB", (20, 14), "white"), TEXT)["pixel_values"]
+    for source in (path, str(path), path.read_bytes(), [path], [[str(path)]]):
+        assert np.array_equal(processor(source, TEXT)["pixel_values"], white)
+    for part in ({"image": str(path)}, {"image": path}, {"path": str(path)}, {"url": str(path)}):
+        chat = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "What?"}]}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        assert np.array_equal(inputs["pixel_values"], white)
+    with pytest.raises(ImageError, match=r"cannot be read .*gone\.png"):
+        processor(str(tmp_path / "gone.png"), TEXT)
+
+
+def test_nothing_is_fetched(processor, monkeypatch):
+    def connect(*address):
+        raise AssertionError(address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    url = "http://example.org/a.png"
+    for source in (url, [url], [[url]]):
+        with pytest.raises(ImageError, match=f"remote URLs are off, download it first: {url}"):
+            processor(source, TEXT)
+    for part in (
+        {"type": "image", "url": url},
+        {"type": "image", "image": url},
+        {"type": "image_url", "image_url": {"url": url}},
+    ):
+        chat = [{"role": "user", "content": [part]}]
+        for given in (chat, [chat, chat]):
+            with pytest.raises(ImageError, match="remote URLs are off"):
+                processor.apply_chat_template(given, tokenize=True, return_dict=True)
+    for kind in ("audio", "video"):
+        chat = [{"role": "user", "content": [{"type": kind, "url": url}]}]
+        with pytest.raises(ValueError, match=f"holds text and images, not {kind}"):
+            processor.apply_chat_template([chat], tokenize=True, return_dict=True)
 
 
 @pytest.mark.skipif(Version(version("transformers")) < Version("5.18"), reason="image tokens shift the mask")

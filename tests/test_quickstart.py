@@ -1,11 +1,16 @@
 """The whole way in small: the quickstart's own code on made-up data and a made-up encoder, three steps a stage."""
 
 import json
+import os
+import signal
 
+import pytest
 import tiny
 from transformers import CLIPVisionModel
 
 from acformer import embedded
+from acformer.checkpoints import save_trained
+from acformer.cli import main
 from acformer.quickstart import quickstart
 
 
@@ -29,18 +34,44 @@ def made_up_cache(folder):
         (folder / f"easy-vqa/{part}.jsonl").write_text(lines)
 
 
-def test_quickstart_reports_what_it_did(tmp_path, monkeypatch, capsys):
+SMALL = ["model.image_size=16", "model.connector_kwargs.num_anchors=4"]
+for stage in ("pretrain", "finetune"):
+    SMALL += [f"{stage}.training.max_steps=3", f"{stage}.training.dataloader_pin_memory=false"]
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch):
+    """Nothing is left to fetch."""
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     made_up_cache(tmp_path / "cache")
     monkeypatch.setattr(embedded, "_is_fetched", lambda entry: True)
-    steps = [f"{stage}.training.max_steps=3" for stage in ("pretrain", "finetune")]
-    small = [
-        "model.image_size=16",
-        "model.connector_kwargs.num_anchors=4",
-        "finetune.training.dataloader_pin_memory=false",
-    ]
+
+
+@pytest.mark.usefixtures("fetched")
+def test_stopped_it_starts_anew_and_does_not_say_that_it_goes_on(tmp_path, monkeypatch, capsys):
+    """Its seconds are of the whole way; so the exit code is not the one that asks to be started again."""
+    saved = []
+
+    def stop(trainer, processor, folder):
+        saved.append(folder.parent.name)
+        if saved == ["pretrain", "finetune"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_trained(trainer, processor, folder)
+
+    monkeypatch.setattr("acformer.train.save_trained", stop)
+    command = ["quickstart", "--quiet", "--out", str(tmp_path / "out"), "--limit", "20", *SMALL]
+    handler = signal.getsignal(signal.SIGTERM)
+    codes = [main(command), main(command)]
+    signal.signal(signal.SIGTERM, handler)
+    assert codes == [143, 0]
+    assert saved == ["pretrain", "finetune"] * 2
+    assert "acformer: interrupted\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fetched")
+def test_quickstart_reports_what_it_did(tmp_path, capsys):
     out = tmp_path / "out"
-    quickstart(out, [*steps, *small, "pretrain.training.dataloader_pin_memory=false"], limit=20, progress=False)
+    quickstart(out, SMALL, limit=20, progress=False)
     report = json.loads((out / "report.json").read_text())
     wanted = {"accuracy", "num_questions", "blind_accuracy", "num_image_tokens", "num_vision_tokens", "seconds"}
     assert wanted <= set(report)

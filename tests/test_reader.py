@@ -19,7 +19,7 @@ from acformer.evaluate.report import as_reply, score_replies
 from acformer.recipe import READER, ModelSpec, Recipe, StageSpec
 from acformer.reproduce import execute, reading
 from acformer.reproduce.execute import Task
-from acformer.reproduce.plans import Plan, Row, Scale, Search
+from acformer.reproduce.plans import SCALES, Plan, Row, Scale, Search, plan_for
 from acformer.reproduce.reading import (
     Learner,
     Trained,
@@ -29,7 +29,8 @@ from acformer.reproduce.reading import (
     reader_scores,
     train_reader,
 )
-from acformer.reproduce.runs import cells_of, job_path, job_record
+from acformer.reproduce.run_plan import reproduce
+from acformer.reproduce.runs import Timing, cells_of, job_path, job_record
 from acformer.scenes import dataset
 from acformer.scenes.answers import SceneAnswers, split
 from acformer.scenes.dataset import undrawn_samples
@@ -440,7 +441,7 @@ def task(mini, stand_ins, tmp_path):
     scale = Scale("mini", str(stand_ins / "mini.yaml"), budgets=(5,), data=(f"{data}:test",), search=search, limit=6)
     (cell,) = cells_of(Plan("table0", "Does it run?", scale, (Row("perceiver", "perceiver"),)))
     run = cell.runs[1]
-    jobs = {"run": run, "first": run.trials[0], "second": run.trials[1]}
+    jobs = {"run": run, "first": run.trials[0], "second": run.trials[1], "steps": Timing(run)}
     return lambda name: Task(jobs[name], tmp_path / "results", tmp_path / "work")
 
 
@@ -467,9 +468,43 @@ def test_trials_and_a_run_leave_records(task, mini):
     assert {"score", "blind", "interval"} <= set(scores["average"])
     weights = train_reader(replace(mini, model=task("run").job.recipe.model)).learner.connector.parameters()
     assert record["num_parameters"] == sum(weight.numel() for weight in weights)
-    assert record["step_seconds"] > 0
     rate = record["recipe"]["finetune"]["learning_rates"]
     assert rate == {"connector": pytest.approx(0.01 * record["factor"]), "language_model": 0.01}
+
+
+def test_a_step_is_timed_after_the_warm_up(task, monkeypatch):
+    trained = []
+
+    def timed(recipe):
+        trained.append(recipe)
+        found = train_reader(recipe)
+        assert len(found.seconds) == 30
+        return found._replace(seconds=[9.0] * 5 + [0.5] * 13 + [7.0] * 12)
+
+    monkeypatch.setattr(execute, "train_reader", timed)
+    assert record_of(task("steps"))["step_seconds"] == 0.5
+    (recipe,) = trained
+    assert (recipe.seed, recipe.model) == (0, task("run").job.recipe.model)
+    assert recipe.finetune.learning_rates["connector"] == pytest.approx(1e-5), "what diverges can be timed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "override"),
+    [
+        ({}, "finetune.data=openmoji-scenes:captions"),
+        ({"data": (f"{SMALL.name}:test", f"{FULL.name}:novel")}, "finetune.max_samples=9"),
+        ({"search": Search(f"{FULL.name}:validation")}, "finetune.max_samples=9"),
+    ],
+)
+def test_questions_are_of_the_level_that_is_taught(changes, override, tmp_path, monkeypatch):
+    """The heads know the nouns and words of one level: the scores would be noise."""
+    monkeypatch.setattr("acformer.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
+    plan = plan_for("table3", "cpu", overrides=[override], name="big")
+    with pytest.raises(UsageError, match=r"teaches the heads openmoji-scenes.*give finetune.data=openmoji-scenes"):
+        reproduce(replace(plan, scale=replace(plan.scale, **changes)), tmp_path)
+    data, search = (f"{FULL.name}:test",), Search(f"{FULL.name}:validation")
+    big = replace(SCALES["cpu"], data=data, search=search, overrides=("finetune.data=openmoji-scenes:captions",))
+    assert big.load_recipe().finetune.data == "openmoji-scenes:captions"
 
 
 def test_a_trial_that_diverges_has_no_loss_wherever_it_shows(task, monkeypatch):

@@ -83,6 +83,7 @@ def test_a_recipe_file_and_its_own_record_say_the_same(tmp_path):
         (["pretrain=null", "stage=pretrain"], "nothing to run for stage=pretrain"),
         (["seed"], "'seed' is not of the form key=value"),
         (["seed=[1"], "not valid YAML"),
+        (["seed=2020-13-01"], "not valid YAML: seed=2020-13-01: month must be"),
         (["seed=one"], "recipe key seed must be int, got 'one'"),
         (["seed=true"], "recipe key seed must be int, got True"),
         (["model.image_size=big"], "recipe key model.image_size must be int or nothing"),
@@ -139,6 +140,13 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(UsageError, match="not a mapping"):
         load_recipe(str(tmp_path / "list.yaml"))
+    (tmp_path / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"cannot read recipe .*latin\.yaml: it is not UTF-8 \(byte 9\)"):
+        load_recipe(str(tmp_path / "latin.yaml"))
+    for text in ("a: " + "[" * 5000, "a: &a [*a]"):
+        (tmp_path / "deep.yaml").write_text(text)
+        with pytest.raises(UsageError, match=r"nested too deeply: .*deep\.yaml"):
+            load_recipe(str(tmp_path / "deep.yaml"))
     (tmp_path / "half.yaml").write_text(yaml.safe_dump({"model": {"vision": "x"}}))
     with pytest.raises(UsageError, match=r"recipe key model.text is missing"):
         load_recipe(str(tmp_path / "half.yaml"))

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,14 +21,14 @@ from acformer.build import build_model
 from acformer.checkpoints import load_model
 from acformer.connectors import CONNECTORS, Geometry, build_connector, list_connectors
 from acformer.connectors.mlp import MLPConnector
-from acformer.errors import AcFormerError, CheckpointError, UsageError
+from acformer.errors import AcFormerError, CheckpointError, DataError, UsageError
 from acformer.recipe import ModelSpec, load_recipe
-from acformer.reproduce import execute
-from acformer.reproduce.execute import answer_loss
+from acformer.reproduce import execute, figure, run_plan
+from acformer.reproduce.execute import Task, answer_loss
 from acformer.reproduce.figure import draw_figure
 from acformer.reproduce.plans import SCALES, TABLES, Plan, Row, Scale, Search, every_connector, plan_for
 from acformer.reproduce.run_plan import reproduce
-from acformer.reproduce.runs import cells_of, row_options
+from acformer.reproduce.runs import Timing, cells_of, job_path, refuse_idle_overrides, row_options
 from acformer.reproduce.schedule import run_tasks
 from acformer.reproduce.tables import Measured, mean_interval, student_t, table_text
 from acformer.reproduce.variants import shortened, with_factor, with_fraction
@@ -102,8 +103,6 @@ def made(plan, tmp_path_factory):
 @pytest.fixture
 def copied(made, tmp_path, monkeypatch):
     """A copy of the results to go on from; `trained` lists what is trained from here on."""
-    import shutil
-
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     shutil.copytree(made[0], tmp_path / "results")
     trained = []
@@ -115,7 +114,7 @@ def copied(made, tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "train", spy)
 
     def go(plan, **kwargs):
-        return reproduce(plan, tmp_path / "results", tmp_path / "work", jobs=1, progress=False, **kwargs)
+        return reproduce(plan, tmp_path / "results", tmp_path / "work", **{"jobs": 1, "progress": False, **kwargs})
 
     go.trained, go.results = trained, tmp_path / "results"
     return go
@@ -132,11 +131,17 @@ def test_a_plan_leaves_records_table_and_figure_and_no_weights(made, plan):
     record = record_of(results, "acformer-T5-seed1")
     assert (record["num_tokens"], record["seed"], record["connector"]) == (5, 1, "acformer")
     assert set(record["scores"][plan.scale.data[0]]["accuracy_by_kind"]) == {"colour", "shade"}
-    assert record["step_seconds"] > 0
     assert record["num_parameters"] == sum(
         p.numel() for p in build_connector("acformer", GEOMETRY, **SMALL).parameters()
     )
     assert {"machine", "commit", "torch", "transformers", "seconds", "fingerprint"} <= set(record)
+    assert "step_seconds" not in record
+    steps = {path.stem: json.loads(path.read_text()) for path in (results / "table0-mini/steps").iterdir()}
+    assert set(steps) == {"acformer-T5", "mlp-T16"}
+    for name, timing in steps.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| `{name.partition('-')[0]}`"))
+        assert f"| {timing['step_seconds']:.3g} s |" in line
+        assert {"machine", "device", "commit", "fingerprint"} <= set(timing)
     assert (results / "table0-mini/table.md").read_text() == text
     assert all((results / f"table0-mini/figure.{suffix}").stat().st_size > 0 for suffix in ("png", "svg"))
     assert not list(work.rglob("*.safetensors"))
@@ -176,7 +181,8 @@ def test_a_new_connector_adds_its_row_and_nothing_else(copied, plan, monkeypatch
 
     monkeypatch.setitem(CONNECTORS, "my_connector", MyConnector)
     text = copied(replace(plan, rows=every_connector(), scale=replace(plan.scale, seeds=1)))
-    assert {name.rpartition("-")[0] for name in copied.trained} == {"my_connector-T16"}
+    parts = {name.removeprefix("my_connector-T16") for name in copied.trained}
+    assert parts == {"-x0.5", "-x2", "-seed0", ""}  # its trials, its run, its timing
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     lines = {line for line in text.splitlines() if line.startswith("| `")}
     others = {line for line in lines if "my_connector" not in line}
@@ -190,10 +196,77 @@ def test_more_seeds_of_chosen_rows_train_the_new_ones_alone(copied, plan):
         copied(plan, connectors=["mpl"])
 
 
+def test_fewer_seeds_show_all_that_there_are(copied, plan, made):
+    fewer = replace(plan, scale=replace(plan.scale, seeds=1))
+    assert copied(fewer, connectors=["mlp"]) == copied(fewer) == made[2]
+    assert copied.trained == []
+    runs = copied.results / "table0-mini/runs"
+    (runs / "mlp-T16-seed5.json").write_text('{"fingerprint": "of another plan"}')
+    assert copied(fewer) == made[2]
+    (runs / "mlp-T16-seed1.json").rename(runs / "mlp-T16-seed1.gone")
+    assert copied(fewer) != made[2]
+
+
+def test_steps_are_timed_one_row_after_the_other_when_all_runs_are_done(copied, plan, monkeypatch):
+    stages = []
+
+    def spy(tasks, jobs, bar):
+        stages.append(([task.job.name for task in tasks], jobs))
+        run_tasks(tasks, jobs, bar)
+
+    monkeypatch.setattr(run_plan, "run_tasks", spy)
+    shutil.rmtree(copied.results / "table0-mini/steps")
+    copied(plan, jobs=2)
+    assert stages == [([], 2), ([], 2), (["acformer-T5", "mlp-T16"], 1)]
+    assert copied.trained == ["acformer-T5", "mlp-T16"]
+
+
+def test_a_timing_that_fails_is_told_and_its_row_stays(copied, plan, monkeypatch):
+    def stopped(*_):
+        raise RuntimeError("the clock stopped")
+
+    shutil.rmtree(copied.results / "table0-mini/steps")
+    monkeypatch.setattr(execute, "step_seconds", stopped)
+    with pytest.raises(AcFormerError, match=r"2 runs failed.*steps/acformer-T5: RuntimeError: the clock stopped"):
+        copied(replace(plan, fractions=(0.25,)))  # both shares have one timing
+    text = (copied.results / "table0-mini/table.md").read_text()
+    assert text.count("- steps/acformer-T5: RuntimeError: the clock stopped") == 1
+    assert all(line.endswith(" M |  | 2 |") for line in text.splitlines() if line.startswith("| `"))
+
+
+def test_a_timing_is_of_the_step_alone(plan):
+    def marks(scale, **changes):
+        return [Timing(cell.runs[-1]).fingerprint for cell in cells_of(replace(plan, scale=scale, **changes))]
+
+    search = replace(plan.scale.search, factors=(1.0,), limit=3)
+    other = replace(plan.scale, seeds=3, limit=3, search=search, data=("elsewhere.json",))
+    assert marks(other, fractions=(0.5,)) == marks(plan.scale) * 2
+    assert not set(marks(replace(plan.scale, overrides=CHANGED))) & set(marks(plan.scale))
+    assert len(set(marks(plan.scale))) == 2
+
+
 def test_another_table_takes_over_what_this_one_made(copied, plan):
     copied(replace(plan, name="table9"))
     assert copied.trained == []
     assert record_of(copied.results, "mlp-T16-seed0", "table9-mini") == record_of(copied.results, "mlp-T16-seed0")
+    steps = [copied.results / table / "steps/mlp-T16.json" for table in ("table9-mini", "table0-mini")]
+    assert steps[0].read_text() == steps[1].read_text()
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b'{"fingerprint": []}', b"\xff\xfe"])
+def test_other_files_beside_are_passed_over(copied, plan, text):
+    (copied.results / "notes/mine").mkdir(parents=True)
+    (copied.results / "notes/mine/a.json").write_bytes(text)
+    copied(replace(plan, name="table9"))
+    assert copied.trained == []
+
+
+@pytest.mark.parametrize("text", ['{"fingerprint": "12', "[1]"])
+def test_a_broken_record_is_named(copied, plan, text):
+    (copied.results / "table0-mini/runs/mlp-T16-seed1.json").write_text(text)
+    with pytest.raises(DataError, match=r"mlp-T16-seed1\.json .*: move it away, and it is made again"):
+        copied(plan)
+    assert copied.trained == []
 
 
 def test_records_of_another_plan_are_refused(copied, plan):
@@ -258,7 +331,19 @@ def test_processes_share_the_work(plan, tmp_path, monkeypatch):
     small = replace(plan, scale=replace(plan.scale, seeds=1, search=search))
     text = reproduce(small, tmp_path / "results", tmp_path / "work", jobs=2, progress=False)
     assert "failed" not in text.lower()
-    assert [path.parent.name for path in (tmp_path / "results").glob("*/*/*.json")] == ["runs", "runs"]
+    made = sorted(path.parent.name for path in (tmp_path / "results").glob("*/*/*.json"))
+    assert made == ["runs", "runs", "steps", "steps"]
+
+
+def test_a_worker_that_does_not_know_a_connector_says_so(plan, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONNECTORS, "mine", MLPConnector)  # here alone, as in a script's `__main__`
+    (cell,) = cells_of(replace(plan, rows=(Row("mine", "mine"),)))
+    task = Task(cell.runs[0], tmp_path / "results", tmp_path / "work")
+    with tqdm(total=1, disable=True) as bar:
+        run_tasks([task], 2, bar)
+    error = json.loads(job_path(task.results, task.job).read_text())["error"]
+    assert "connector 'mine' is unknown in the worker process" in error
+    assert "entry point, register it in an importable module, or take --jobs 1" in error
 
 
 @dataclass(frozen=True)
@@ -396,26 +481,29 @@ def test_mean_and_interval_by_hand():
     assert math.isnan(mean_interval([0.5])[1])
 
 
+WHERE = {"device": "cpu", "machine": "here", "torch": "2", "transformers": "5", "commit": "abc"}
+
+
 def record(accuracy, blind=0.4, **more):
     families = {"exist": (accuracy, 0.5), "read": (accuracy - 0.1, blind - 0.1), "average": (accuracy - 0.05, blind)}
     scores = {
         name: {"score": score, "interval": [score - 0.02, score + 0.02], "blind": blindly}
         for name, (score, blindly) in families.items()
     }
-    values = {"num_tokens": 33, "num_parameters": 2e6, "step_seconds": 0.2, "fraction": 1.0}
+    values = {"num_tokens": 33, "num_parameters": 2e6, "fraction": 1.0}
     search = {"factor": 1.0, "losses_of_factors": {"0.3": 2.0, "1.0": 1.0, "3.0": None}}
-    where = {"device": "cpu", "machine": "here", "torch": "2", "transformers": "5", "commit": "abc"}
     return {
         "scores": {"d": {"average": scores.pop("average"), "families": scores}},
         **values,
         **search,
-        **where,
+        **WHERE,
         **more,
     }
 
 
-def measured(name, accuracies, fraction=1.0, **more):
-    return Measured(name, 33, fraction, [record(accuracy, **more) for accuracy in accuracies])
+def measured(name, accuracies, fraction=1.0, step=0.2, **more):
+    timing = {"step_seconds": step, **WHERE} if step else None
+    return Measured(name, 33, fraction, [record(accuracy, **more) for accuracy in accuracies], timing=timing)
 
 
 @pytest.fixture
@@ -428,7 +516,7 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     cells = [
         measured("perceiver", [0.45, 0.55, 0.65], factor=0.3),  # 50.0 on average, far from sure that it is above 40
         measured("acformer", [0.84, 0.85, 0.86]),
-        measured("mlp", [0.91], factor=3.0),
+        measured("mlp", [0.91], factor=3.0, step=None),
         Measured("pooling", 33, 1.0),
         Measured("e_vit", 33, 1.0, errors=["e_vit-T33-seed0: DivergedError: loss is nan"]),
         measured("acformer", [0.6, 0.7], fraction=0.5),
@@ -438,7 +526,7 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     assert table == [
         "| connector | T | average | exist | read | rate | weights | step | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `mlp` | 33 | 86.0 | 91.0 | 81.0 | >3 | 2.0 M | 0.2 s | 1 |",
+        "| `mlp` | 33 | 86.0 | 91.0 | 81.0 | >3 | 2.0 M |  | 1 |",
         "| `acformer` | 33 | 80.0 ± 2.5 | 85.0 ± 2.5 | 75.0 ± 2.5 | 1 | 2.0 M | 0.2 s | 3 |",
         "| `perceiver` | 33 | did not learn (50.0 ± 24.8) |  |  | <0.3 | 2.0 M | 0.2 s | 3 |",
         "| `e_vit` |  | failed |  |  |  |  |  |  |",
@@ -452,6 +540,17 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     svg = (tmp_path / "figure.svg").read_text()
     draw_figure(page, cells, tmp_path / "figure")
     assert (tmp_path / "figure.svg").read_text() == svg
+
+
+def test_rows_that_were_not_timed_are_left_out_of_the_first_panel(page, tmp_path, monkeypatch):
+    panels = []
+
+    def spy(axes, names, cells, data, along):
+        panels.append([(cell.name, along(cell)) for cell in cells])
+
+    monkeypatch.setattr(figure, "_lines", spy)
+    draw_figure(page, [measured("mlp", [0.9], step=None), measured("acformer", [0.8], step=0.3)], tmp_path / "figure")
+    assert panels == [[("acformer", 0.3)], [("mlp", 1.0), ("acformer", 1.0)]]
 
 
 def test_a_table_whose_measure_did_not_learn_does_not_count(page):
@@ -473,6 +572,36 @@ def test_a_changed_recipe_is_another_table(copied, plan):
 def test_a_changed_recipe_needs_a_name_of_its_own(name):
     with pytest.raises(UsageError, match="--name"):
         plan_for("table3", "cpu", overrides=CHANGED, name=name)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    ["seed=7", "output_dir=x", "resume=false", "name=abc", "model.connector_kwargs.num_anchors=9", CHANGED[0]],
+)
+def test_an_override_that_changes_no_run_is_refused(plan, tmp_path, idle):
+    """Alone or beside one that does."""
+    for overrides in ((*CHANGED, idle), (idle, "finetune.training.max_steps=4")):
+        changed = replace(plan, name="longer", table="table0", scale=replace(plan.scale, overrides=overrides))
+        with pytest.raises(UsageError, match="changes no run of longer"):
+            reproduce(changed, tmp_path / "results", tmp_path / "work", progress=False)
+    assert not (tmp_path / "results").exists()
+
+
+def test_overrides_that_need_one_another_both_count(plan):
+    def refuse(*overrides):
+        changed = replace(plan, scale=replace(plan.scale, overrides=overrides))
+        refuse_idle_overrides(changed, cells_of(changed))
+
+    pair = "cache_features=false", "finetune.learning_rates.vision_tower=1.0e-5"
+    refuse(*pair)
+    with pytest.raises(UsageError, match=r"^seed=3 changes no run"):
+        refuse(*pair, "seed=3")
+
+
+@pytest.mark.parametrize("override", ["model.connector=mlp", " model.connector = mlp"])
+def test_the_connector_is_the_tables_to_set(override):
+    with pytest.raises(UsageError, match="--connectors"):
+        plan_for("table3", "cpu", overrides=[override], name="mine")
 
 
 def test_a_name_alone_is_the_same_plan_elsewhere():

@@ -130,6 +130,29 @@ class TestEvery:
         half = features._replace(tokens=features.tokens.bfloat16(), cls_attention=features.cls_attention.bfloat16())
         assert is_a_choice(SELECTORS[name](half, 5), half, 5)
 
+    @pytest.mark.parametrize("name", ["anchors", "cls_topk", "diverse", "dominant_contextual", "norm"])
+    def test_nan_is_refused_by_the_name_of_what_holds_it(self, name):
+        features = features_of(torch.randn(3, 30, 8))
+        read = "features.patches" if name in ("diverse", "norm") else "cls_attention"
+        for held in ("features.patches", "cls_attention"):
+            broken = features._replace(tokens=features.tokens.clone(), cls_attention=features.cls_attention.clone())
+            (broken.patches if held == "features.patches" else broken.cls_attention)[1, 2, 3] = torch.nan
+            if held == read:
+                with pytest.raises(ValueError, match=f"^{read} holds NaN"):
+                    SELECTORS[name](broken, 4)
+            else:
+                assert is_a_choice(SELECTORS[name](broken, 4), broken, 4)
+
+    @every
+    def test_nan_repeats_no_patch_where_nobody_looks(self, name):
+        """In a compiled graph, as on an accelerator."""
+        torch.compiler.reset()
+        features = features_of(torch.randn(3, 30, 8), grid=(5, 6))
+        features.tokens[0, 5], features.tokens[1, 7, 2], features.tokens[2] = torch.nan, torch.nan, torch.nan
+        compiled = torch.compile(lambda features: SELECTORS[name](features, 30), fullgraph=True, backend="aot_eager")
+        assert is_a_choice(compiled(features), features, 30)
+        torch.compiler.reset()
+
     def test_who_reads_the_row(self):
         features = features_of(torch.randn(2, 30, 8))._replace(cls_attention=None)
         for name in ("diverse", "grid", "norm", "random"):

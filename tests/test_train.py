@@ -2,6 +2,7 @@
 
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-from acformer.checkpoints import damage, load_model
+from acformer.checkpoints import damage, keep_newest, load_model, newest_whole, write_manifest
 from acformer.errors import CheckpointError, DataError, DivergedError, UsageError
 from acformer.recipe import Recipe, load_recipe
 from acformer.train import train
@@ -174,6 +175,111 @@ def test_a_second_run_trains_nothing_and_another_recipe_is_refused(recipe, tmp_p
     assert (folder / "model.safetensors").stat().st_mtime_ns != stamp
 
 
+TOLD_FIRST = [
+    ("finetune.training.warmup_ratio=0.03", UsageError, "finetune: unknown training argument 'warmup_ratio'"),
+    (
+        "finetune.training.eval_strategy=steps",
+        UsageError,
+        "finetune: training.eval_strategy steps: nothing is evaluated",
+    ),
+    ("finetune.training.eval_on_start=true", UsageError, "training.eval_on_start True: nothing is evaluated"),
+    ("finetune.training.save_strategy=best", UsageError, "training.save_strategy best: nothing is evaluated"),
+    ("finetune.training.enable_jit_checkpoint=true", UsageError, "enable_jit_checkpoint True: such a checkpoint"),
+    ("finetune.training.use_liger_kernel=true", UsageError, "training.use_liger_kernel True: there are no Liger"),
+    ("finetune.training.per_device_train_batch_size=0", UsageError, "per_device_train_batch_size must be at least 1"),
+    ("finetune.training.gradient_accumulation_steps=0", UsageError, "gradient_accumulation_steps must be at least 1"),
+    ("finetune.training.dataloader_num_workers=-1", UsageError, "finetune: training arguments do not fit: num_workers"),
+    ("finetune.training.fsdp=full_shard", UsageError, "do not fit: Using fsdp only works in distributed training"),
+    ("finetune.training.report_to=nowhere", UsageError, "do not fit: nowhere is not supported"),
+    ("finetune.training.lr_scheduler_type=cosine_with_min_lr", UsageError, "do not fit: One of min_lr"),
+    ("finetune.training.deepspeed=/no/where.json", UsageError, "finetune: training arguments do not fit: .*"),
+    (
+        "finetune.learning_rates.fusion=0.1",
+        UsageError,
+        "finetune: learning_rates.fusion: this model has no weights there",
+    ),
+    ("finetune.template=nothing", UsageError, "finetune: unknown chat template 'nothing'"),
+    ("finetune.elastic=[4, 99]", UsageError, "finetune: elastic range 4..99: 99 tokens do not fit"),
+    ("finetune.data=/no/where.json", DataError, "cannot read /no/where.json"),
+] + [
+    pytest.param(
+        setting, UsageError, package, marks=pytest.mark.skipif(find_spec(package) is not None, reason="it is installed")
+    )
+    for setting, package in (
+        ("finetune.training.report_to=wandb", "wandb"),
+        ("finetune.training.optim=adamw_bnb_8bit", "bitsandbytes"),
+    )
+]
+
+
+@pytest.mark.parametrize(("mistake", "kind", "message"), TOLD_FIRST)
+def test_a_mistake_in_stage_two_is_told_before_stage_one_trains(recipe, tmp_path, mistake, kind, message):
+    with pytest.raises(kind, match=message):
+        train(recipe(mistake), progress=False)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_data_set_of_stage_two_that_is_gone_is_told_before_a_given_model_trains(recipe, tmp_path):
+    """Without a tokenizer to be made, nothing else would look at it."""
+    folder = train(recipe("stage=pretrain"), progress=False)
+    again = [f"from_model={folder}", f"output_dir={tmp_path}/second", "finetune.data=/no/where.json"]
+    with pytest.raises(DataError, match=r"cannot read /no/where.json"):
+        train(recipe(*again), progress=False)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_corrected_stage_two_goes_on_from_stage_one(recipe, tmp_path, data):
+    train(recipe("stage=pretrain"), progress=False)
+    stage_one = tmp_path / "run/pretrain/model/model.safetensors"
+    stamp = stage_one.stat().st_mtime_ns
+    (data / "others.json").write_text((data / "questions.json").read_text())
+    with pytest.raises(UsageError, match=r"recipe.yaml; not the same: finetune.data\)"):  # the tokenizer read the first
+        train(recipe(f"finetune.data={data}/others.json"), progress=False)
+    corrected = "finetune.learning_rates.connector=0.02"
+    train(recipe(corrected), progress=False)
+    assert stage_one.stat().st_mtime_ns == stamp
+    assert load_recipe(str(tmp_path / "run/recipe.yaml")) == recipe(corrected)
+    with pytest.raises(
+        UsageError, match=r"not the same: finetune\); choose .* or stage=finetune resume=false to write"
+    ):
+        train(recipe(), progress=False)
+    train(recipe("stage=finetune", "resume=false"), progress=False)
+    assert stage_one.stat().st_mtime_ns == stamp
+
+
+def test_older_checkpoints_go_when_the_new_one_is_whole(recipe, tmp_path, monkeypatch):
+    """A kill at any moment leaves one to go on from, though only one is kept."""
+    folder = tmp_path / "run/finetune"
+    before, after = [], []
+
+    def watched(checkpoint):
+        if checkpoint.parent == folder:
+            before.append(newest_whole(folder, lambda text: None))
+        write_manifest(checkpoint)
+        if checkpoint.parent == folder:
+            after.append(newest_whole(folder, lambda text: None))
+
+    monkeypatch.setattr("acformer.trainer.write_manifest", watched)
+    keep = [f"finetune.training.{key}" for key in ("save_strategy=steps", "save_steps=1", "save_total_limit=1")]
+    train(recipe("stage=finetune", "pretrain=null", *keep), progress=False)
+    one, two, three = (folder / f"checkpoint-{step}" for step in (1, 2, 3))
+    assert before == [None, one, two]
+    assert after == [one, two, three]
+    assert list(folder.glob("checkpoint-*")) == [three]
+
+
+def test_as_many_checkpoints_are_kept_as_asked_and_none_that_was_passed_over(tmp_path):
+    def left(limit, step):
+        for number in (2, 10, 12, 30):
+            (tmp_path / f"checkpoint-{number}").mkdir(exist_ok=True)
+        keep_newest(tmp_path, limit, step)
+        return {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
+
+    assert left(None, 30) == left(0, 30) == {2, 10, 12, 30}
+    assert left(2, 30) == {12, 30}
+    assert left(1, 12) == {12}  # the run went on from 10, since 30 was damaged
+
+
 def test_resume_equals_never_stopped_and_passes_over_a_torn_checkpoint(recipe, tmp_path, caplog):
     save = [
         "stage=finetune",
@@ -267,6 +373,66 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(recipe, monkeypatch
     monkeypatch.setattr(Projector, "forward", lambda self, x: Poison.apply(whole(self, x)))
     with pytest.raises(DivergedError, match="gradient is not finite at step 1"):
         train(recipe("stage=pretrain"), progress=False)
+
+
+def test_a_gradient_that_is_not_finite_names_all_samples_of_its_step(recipe, monkeypatch):
+    """Two batches a step; the first of the second step has the bad gradient."""
+    from acformer.connectors.blocks import Projector
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, number):
+            ctx.number = number
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (float("inf") if ctx.number == 3 else 1.0), None
+
+    whole, loss, batches = Projector.forward, AcFormerTrainer.compute_loss, []
+
+    def watched(self, model, inputs, *args, **kwargs):
+        batches.append(inputs["sample_ids"])
+        return loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AcFormerTrainer, "compute_loss", watched)
+    monkeypatch.setattr(Projector, "forward", lambda self, x: Poison.apply(whole(self, x), len(batches)))
+    steps = ["gradient_accumulation_steps=2", "per_device_train_batch_size=2"]
+    with pytest.raises(DivergedError, match="not finite at step 2") as caught:
+        train(recipe("stage=pretrain", *[f"pretrain.training.{key}" for key in steps]), progress=False)
+    assert str(caught.value).endswith(f"samples {', '.join(batches[2] + batches[3])}")
+
+
+def test_what_was_skipped_stays_skipped_after_a_resume(recipe, data, tmp_path, monkeypatch):
+    """Twelve pictures in three steps, four of them torn: used + skipped = offered, whether it was stopped or not."""
+    from acformer.trainer import Guard
+
+    records = json.loads((data / "questions.json").read_text())
+    for number in (0, 3, 6, 9):
+        torn = (data / records[number]["image"]).read_bytes()[:40]
+        (data / f"torn-{number}.png").write_bytes(torn)
+        records[number]["image"] = f"torn-{number}.png"
+    (data / "torn.json").write_text(json.dumps(records))
+    one = ["stage=finetune", "pretrain=null", f"finetune.data={data}/torn.json", "finetune.max_bad_fraction=0.5"]
+    one += ["finetune.training.save_strategy=steps", "finetune.training.save_steps=1"]
+    save = Guard.on_save
+
+    def stop(self, args, state, control, **kwargs):
+        save(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Guard, "on_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(*one), progress=False)
+    monkeypatch.setattr(Guard, "on_save", save)
+    log = tmp_path / "run/finetune/skipped.jsonl"
+    with log.open("a") as late:  # after the checkpoint: this part is done again
+        late.write(
+            json.dumps({"file": "torn.json", "record": 99, "reason": "a disk that was away for a moment"}) + "\n"
+        )
+    train(recipe(*one), progress=False)
+    assert sorted(json.loads(line)["record"] for line in log.read_text().splitlines()) == [1, 4, 7, 10]
 
 
 def test_bad_records_are_written_down_and_the_cap_works(recipe, data, tmp_path):

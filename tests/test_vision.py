@@ -1,6 +1,7 @@
 """`load_vision_encoder` against the untouched Hugging Face models."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -192,6 +193,16 @@ def test_pixel_statistics(make_tower, tmp_path):
 def test_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot load .*nothing-here"):
         load_vision_encoder(str(tmp_path / "nothing-here"))
+
+
+def test_whatever_is_wrong_with_a_model_is_one_error(make_tower, tmp_path):
+    make_tower("dinov2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for wrong in ({"patch_size": 0}, {"hidden_size": None}, {"num_hidden_layers": "two"}, {"hidden_act": "silly"}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(CheckpointError, match=f"cannot load '{tmp_path}': .") as caught:
+            load_vision_encoder(str(tmp_path))
+        assert "\n" not in str(caught.value)
 
 
 def damaged_folder(tower, folder: Path, damage) -> str:

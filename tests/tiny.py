@@ -14,28 +14,34 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, BatchFeature, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
 from acformer.build import train_tokenizer
+from acformer.connectors import connector_options, list_connectors
 from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 
 IMAGE_SIZE = 16
-CONNECTORS: dict[str, dict[str, Any]] = {
-    "acformer": {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
-    "perceiver": {"num_queries": 5, "depth": 1, "num_heads": 2, "head_dim": 8},
-    "downsample": {"num_tokens": 4},
-    "mlp": {},
-    "linear": {},
-    "pooling": {"num_tokens": 4},
-    "pooling_pr": {"num_tokens": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
-    "random_pr": {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8},
-    "top_p": {"num_anchors": 4},
-    "e_vit": {"num_anchors": 4},
-    "pixel_shuffle": {"kernel": [2, 4]},
-    "c_abstractor": {"num_tokens": 4, "depth": 1},
-    "d_abstractor": {"num_tokens": 4, "depth": 1, "num_heads": 2, "num_points": 2},
-    "ldp_v2": {"num_tokens": 4},
-    "q_former": {"num_queries": 4, "depth": 2, "num_heads": 2, "hidden_size": 16},
-    "token_packer": {"scale": 2, "levels": [1], "num_heads": 2},
+SIZES = {
+    "num_anchors": 4,
+    "num_queries": 5,
+    "num_tokens": 4,
+    "kernel": [2, 4],
+    "scale": 2,
+    "levels": [1],
+    "hidden_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "head_dim": 8,
+    "num_points": 2,
 }
+DEEPER = {"q_former": {"depth": 2}}  # its second layer is the first without cross-attention
+
+
+def small_options(connector: str) -> dict[str, Any]:
+    """Options of a connector that make it small; of whatever is in the registry."""
+    known = connector_options(connector)
+    return {key: value for key, value in {**SIZES, **DEEPER.get(connector, {})}.items() if key in known}
+
+
+CONNECTORS: dict[str, dict[str, Any]] = {name: small_options(name) for name in list_connectors()}
 ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
 
 
@@ -59,7 +65,7 @@ def config(connector: str = "acformer", vision: str = "clip_vision_model", **kwa
     text = CONFIG_MAPPING["llama"](
         **sizes, num_key_value_heads=2, vocab_size=len(tokenizer()), max_position_embeddings=256, **special
     )
-    kwargs.setdefault("connector_kwargs", CONNECTORS[connector])
+    kwargs.setdefault("connector_kwargs", small_options(connector))
     image_token_id = tokenizer().convert_tokens_to_ids("<image>")
     return AcFormerConfig(
         vision_config=tower, text_config=text, connector=connector, image_token_id=image_token_id, **kwargs

@@ -121,6 +121,11 @@ def _check(cls_attention: Tensor, num_anchors: int) -> None:
     num_patches = cls_attention.shape[-1]
     if not 1 <= num_anchors <= num_patches:
         raise UsageError(f"num_anchors must be in 1..{num_patches} (the number of patches), got {num_anchors}")
-    can_wait = cls_attention.device.type == "cpu" and not torch.compiler.is_compiling()
-    if can_wait and bool(cls_attention.isnan().any()):
-        raise ValueError("cls_attention holds NaN: the encoder produced scores that are not numbers")
+    refuse_nan(cls_attention, "cls_attention")
+
+
+def refuse_nan(values: Tensor, name: str) -> None:
+    """`ValueError` where `values` hold NaN and looking is free: on the CPU, outside a compiled graph."""
+    can_wait = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_wait and bool(values.isnan().any()):
+        raise ValueError(f"{name} holds NaN: the encoder produced values that are not numbers")

@@ -122,7 +122,10 @@ def square_image_processor(vision: str | Tower, image_size: int) -> LlavaImagePr
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text at all can be written with it, the training texts shortest."""
+    """Byte-level BPE: any text at all can be written with it, the training texts shortest.
+
+    It pads on the left, as every tokenizer that we save: an answer must begin right behind its prompt.
+    """
     special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -137,6 +140,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
+        padding_side="left",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
 
@@ -170,7 +174,7 @@ def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizer
     """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
     with loading(name):
         AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:

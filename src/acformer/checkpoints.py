@@ -55,13 +55,30 @@ def damage(folder: Path) -> str | None:
 
 def newest_whole(folder: Path, tell: Callable[[str], Any]) -> Path | None:
     """The newest `checkpoint-N` that is whole; `tell` hears of each damaged one that is passed over."""
-    numbered = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    for checkpoint in sorted(numbered, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+    for _, checkpoint in sorted(_by_step(folder).items(), reverse=True):
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
         tell(f"passing over {checkpoint}: {problem}")
     return None
+
+
+def keep_newest(folder: Path, limit: int | None, step: int) -> None:
+    """Remove all but `limit` checkpoints, the newest being that of `step`: a later one was passed over as damaged.
+
+    As with the Trainer, None or a number below 1 keeps all.
+    """
+    if limit is None or limit < 1:
+        return
+    found = _by_step(folder)
+    kept = sorted(number for number in found if number <= step)[-limit:]
+    for number in found.keys() - set(kept):
+        shutil.rmtree(found[number], ignore_errors=True)
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    numbered = {path.name.rpartition("-")[2]: path for path in folder.glob("checkpoint-*")}
+    return {int(number): path for number, path in numbered.items() if number.isdigit()}
 
 
 def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -> None:
@@ -110,7 +127,8 @@ def load_model(
     """Model (in eval mode) and processor from a model folder, a run's folder or a hub name.
 
     Raises:
-        CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config.
+        CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config,
+            a processor of another model.
     """
     folder = model_folder(name)
     _refuse_missing_path(name)
@@ -122,4 +140,11 @@ def load_model(
     with loading(name):
         model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = AcFormerProcessor.from_pretrained(folder)
+    for field in ("num_image_tokens", "fusion", "image_token_id"):
+        written, read = getattr(processor, field), getattr(model.config, field)
+        if written != read:
+            raise CheckpointError(
+                f"{name}: its processor writes prompts for {field} {written!r}, but its model has {read!r}: take the "
+                "processor that was saved with the model"
+            )
     return model.eval().to(device), processor

@@ -23,7 +23,7 @@ GOES_ON = "; the same command goes on from the last checkpoint of the run (or st
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 ok, 2 usage, 3 data, 4 model, 5 diverged, 130 Ctrl-C, 143 terminated.
 
-    A command that can go on where it was stopped (`train`, `quickstart`, `reproduce`) returns 75 for 143: start it
+    A command that can go on where it was stopped (`train`, `reproduce`) returns 75 for 143: start it
     again. 1: a run of a table failed; the table names it.
     """
     arguments = _parse(argv)

@@ -27,7 +27,8 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
     """Fetch, train the `tiny` recipe, evaluate it on easy-VQA, ask three questions, draw the anchors, report.
 
     Everything lies under `out`; `report.json` holds accuracy, num_questions, blind_accuracy, num_image_tokens,
-    num_vision_tokens, seconds (without the fetch) and seconds per phase. `limit`: test questions.
+    num_vision_tokens, seconds (without the fetch) and seconds per phase. `limit`: test questions. What an earlier call
+    has trained there is trained again, so that the seconds are true.
     """
     phases: dict[str, float] = {}
     with _timed(phases, "fetch"):

@@ -149,6 +149,8 @@ def _read(name: str) -> dict:
             values = _parse(path.read_text(encoding="utf-8"), name)
         except OSError as error:
             raise UsageError(f"cannot read recipe {name}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"cannot read recipe {name}: it is not UTF-8 (byte {error.start})") from error
         if not isinstance(values, dict):
             raise UsageError(f"recipe {name} is not a mapping of keys to values")
         return {"name": path.stem, **values}
@@ -160,7 +162,9 @@ def _read(name: str) -> dict:
 def _parse(text: str, where: str) -> Any:
     try:
         return _unshared(yaml.safe_load(text))
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise UsageError(f"nested too deeply: {where}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none, as 2020-13-01
         raise UsageError(f"not valid YAML: {where}: {' '.join(str(error).split())}") from error
 
 

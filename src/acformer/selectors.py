@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from acformer.anchors import select_anchors
+from acformer.anchors import refuse_nan, select_anchors
 from acformer.errors import UsageError
+from acformer.registry import Registry
 from acformer.vision import VisionFeatures
 
 Select = Callable[[VisionFeatures, int], Tensor]
@@ -45,6 +46,7 @@ class Selector:
 
         Raises:
             UsageError: `num` outside 1..N, or no [CLS] attention where the selector reads it.
+            ValueError: NaN, in a CPU tensor, in what the search compares.
         """
         return self.select(features, num)
 
@@ -79,7 +81,9 @@ def mean_cls_attention(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
 
 def norms(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
     """The L2 norm of every patch's R_v, in float32."""
-    return features.patches.detach().float().norm(dim=-1).unsqueeze(1)
+    lengths = features.patches.detach().float().norm(dim=-1)
+    refuse_nan(lengths, "features.patches")
+    return lengths.unsqueeze(1)
 
 
 def equal(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
@@ -114,7 +118,7 @@ def spread_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     its c points, c differing by at most 1 from row to row, at floor((j + 1/2) w / c).
     """
     h, w = features.grid
-    _check_num(num, h * w)
+    check_num(num, h * w)
     rows = min(max(round(sqrt(num * h / w)), -(-num // w)), num, h)
     point = torch.arange(num, device=features.tokens.device)
     row = ((point + 1) * rows - 1) // num
@@ -130,11 +134,13 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
 
     d(i, j) = 1 - cos(R_i, R_j) in float32 (DivPrune: of the projected tokens). The first patch is the one whose
     nearest neighbour is farthest; then always the one whose nearest chosen patch is farthest. `num` steps in a row,
-    each for the whole batch at once.
+    each for the whole batch at once. Where looking for NaN would wait for the device it counts as 0: a distance that
+    is no number would win every comparison, and its patch be chosen again and again.
     """
-    patches = F.normalize(features.patches.detach().float(), dim=-1)
-    batch, num_patches, _ = patches.shape
-    _check_num(num, num_patches)
+    batch, num_patches, _ = features.patches.shape
+    check_num(num, num_patches)
+    refuse_nan(features.patches, "features.patches")
+    patches = F.normalize(features.patches.detach().float().nan_to_num(), dim=-1)
     self_pairs = torch.eye(num_patches, dtype=torch.bool, device=patches.device)
     with unrounded(patches.device):
         distance = 1 - patches @ patches.mT
@@ -155,7 +161,8 @@ def unrounded(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _check_num(num: int, num_patches: int) -> None:
+def check_num(num: int, num_patches: int) -> None:
+    """`UsageError` unless an image of `num_patches` has `num` to choose."""
     if not 1 <= num <= num_patches:
         raise UsageError(f"num_anchors must be in 1..{num_patches} (the number of patches), got {num}")
 
@@ -163,12 +170,16 @@ def _check_num(num: int, num_patches: int) -> None:
 # 10 of 64, 20 of 128, 30 of 192: VisionZip's settings for LLaVA-1.5 (Yang et al. 2025).
 CONTEXTUAL = 5 / 32
 
-SELECTORS: dict[str, Selector] = {
-    "anchors": by_score(cls_attention),
-    "cls_topk": by_score(mean_cls_attention),
-    "diverse": Selector(farthest_points),
-    "dominant_contextual": replace(by_score(mean_cls_attention), contextual=CONTEXTUAL),
-    "grid": Selector(spread_points),
-    "norm": by_score(norms),
-    "random": Selector(by_score(own_noise).select, by_score(equal).draw, redraws=True),
-}
+SELECTORS = Registry[Selector](
+    "selector",
+    "acformer.selectors",
+    {
+        "anchors": by_score(cls_attention),
+        "cls_topk": by_score(mean_cls_attention),
+        "diverse": Selector(farthest_points),
+        "dominant_contextual": replace(by_score(mean_cls_attention), contextual=CONTEXTUAL),
+        "grid": Selector(spread_points),
+        "norm": by_score(norms),
+        "random": Selector(by_score(own_noise).select, by_score(equal).draw, redraws=True),
+    },
+)

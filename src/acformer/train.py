@@ -9,109 +9,107 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 
 from acformer.build import build_model
 from acformer.checkpoints import damage, load_model, newest_whole, save_trained
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
 from acformer.data.samples import Sample
-from acformer.data.skip_log import SkipLog
+from acformer.data.skip_log import SKIPPED, SkipLog
 from acformer.data.sources import load_samples
 from acformer.data.templates import resolve_template
 from acformer.elastic import ElasticBudget, elastic_choices
 from acformer.embedded import cache_dir
-from acformer.errors import UsageError, unknown_name
+from acformer.errors import UsageError
 from acformer.features import FeatureCache
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.recipe import STAGES, Recipe, StageSpec, coerce
-from acformer.trainer import AcFormerTrainer, Guard, freeze
+from acformer.recipe import STAGES, Recipe, StageSpec, load_recipe
+from acformer.trainer import AcFormerTrainer, freeze, refuse_missing_modules
+from acformer.training_arguments import fitting, refuse_unfit, training_arguments
 
 logger = logging.getLogger("acformer")
+
+Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> Path:
     """Run the stages of a recipe; returns the folder of the model that the last one made.
 
     A stage that is already whole in the output folder, with the same recipe, is not run again; an interrupted one
-    goes on from its newest whole checkpoint (unless `resume: false`).
+    goes on from its newest whole checkpoint (unless `resume: false`). What is wrong with any stage to be run is told
+    before the first one trains.
 
     Raises:
         UsageError: recipe and output folder do not fit. DataError: too many bad records. CheckpointError: a part
         cannot be loaded. DivergedError: loss or gradient not finite; the last checkpoint is untouched.
     """
-    set_seed(recipe.seed)
     _refuse_another_run(recipe)
-    parts = None
+    todo = {stage: spec for stage, spec in recipe.stages() if not _is_done(recipe, stage)}
+    for stage, spec in todo.items():
+        with _naming(stage):
+            refuse_unfit(spec, recipe.seed)
+            load_samples(spec.data, image_root=spec.image_root, skipped=SkipLog(max_bad_fraction=1.0), limit=1)
+    set_seed(recipe.seed)
+    parts, speakers = None, None
     folder = recipe.output
     for stage, spec in recipe.stages():
         folder = recipe.output / stage / "model"
-        if recipe.resume and folder.exists() and damage(folder) is None:
+        if stage not in todo:
             logger.info("stage %s is done: %s", stage, folder)
             parts = load_model(str(folder))
             continue
-        samples, skip_log = stage_samples(spec, recipe.output / stage)
+        checkpoint = newest_whole(folder.parent, logger.warning) if recipe.resume else None
+        samples, skip_log = stage_samples(spec, folder.parent, checkpoint)
         parts = parts or _first_model(recipe, stage)
+        speakers = speakers or {name: _speaker(recipe, name, parts) for name in todo}
         _claim_output(recipe, stage)
-        trainer = _run_stage(recipe, stage, parts, samples, skip_log, progress)
+        trainer = _trainer(recipe, stage, parts, speakers[stage], samples, skip_log, progress)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.is_world_process_zero():
+            (folder.parent / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+        logger.info("stage %s: %d records read, %d skipped", stage, skip_log.offered, skip_log.skipped)
         save_trained(trainer, parts[1], folder)
         logger.info("stage %s: model saved in %s", stage, folder)
     return folder
 
 
-def stage_samples(spec: StageSpec, folder: Path) -> tuple[list[Sample], SkipLog]:
-    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`."""
+@contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    """A mistake in a recipe is looked for in all stages at once: say in which it is."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{stage}: {error}") from error
+
+
+def _is_done(recipe: Recipe, stage: str) -> bool:
+    folder = recipe.output / stage / "model"
+    return recipe.resume and folder.exists() and damage(folder) is None
+
+
+def stage_samples(spec: StageSpec, folder: Path, resumed: Path | None = None) -> tuple[list[Sample], SkipLog]:
+    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`.
+
+    resumed: a checkpoint; what was skipped on the way to it stays skipped.
+    """
     with PartialState().main_process_first():  # one makes the log, the others go on in it
-        path, first = folder / "skipped.jsonl", is_first_process()
+        path, first = folder / SKIPPED, is_first_process()
         skip_log = SkipLog(path, max_bad_fraction=spec.max_bad_fraction, fresh=first)
+        if first and resumed is not None and (resumed / SKIPPED).exists():
+            shutil.copy(resumed / SKIPPED, path)
         return load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples), skip_log
 
 
 def is_first_process() -> bool:
     """Whether this process writes what is written once in a distributed run (torchrun and accelerate set RANK)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool) -> TrainingArguments:
-    """The recipe's `training` section over our defaults; `UsageError` for an argument that does not exist."""
-    defaults = {
-        "output_dir": str(folder),
-        "seed": seed,
-        "learning_rate": max(spec.learning_rates.values()),
-        "lr_scheduler_type": "cosine",
-        "optim": "adamw_torch_fused",
-        "weight_decay": 0.0,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": not progress,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "use_cpu": not torch.accelerator.is_available(),
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-    }
-    hints = get_type_hints(TrainingArguments)
-    for key, value in spec.training.items():
-        if key not in hints:
-            raise unknown_name("training argument", key, hints)
-        coerce(hints[key], value, f"training.{key}")
-    try:
-        args = TrainingArguments(**{**defaults, **spec.training})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"training arguments do not fit: {error}") from error
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise UsageError("training.train_sampling_strategy batch_rebalance does not fit groups: take group_by_length")
-    if args.n_gpu > 1:  # the Trainer would fall back to DataParallel, whose threads share one vision tower
-        raise UsageError(
-            f"{args.n_gpu} GPUs are visible to one process: start one process a GPU (torchrun --nproc-per-node "
-            f"{args.n_gpu} -m acformer.cli train ...), or show one (CUDA_VISIBLE_DEVICES=0)"
-        )
-    return args
 
 
 def _record(recipe: Recipe) -> str:
@@ -127,13 +125,36 @@ def _work_of(recipe: Recipe, stages: Iterable[str] = STAGES) -> list[Path]:
 
 
 def _refuse_another_run(recipe: Recipe) -> None:
-    """An output folder belongs to one recipe: another one in it would mix two runs."""
+    """An output folder belongs to one recipe: another one in it would mix two runs.
+
+    The section of a stage that has left nothing yet may change: a mistake in stage 2 does not cost stage 1.
+    """
     record = recipe.output / "recipe.yaml"
-    if recipe.resume and record.exists() and _work_of(recipe) and record.read_text(encoding="utf-8") != _record(recipe):
+    begun = [stage for stage in STAGES if _work_of(recipe, [stage])]
+    if not (recipe.resume and record.exists() and begun):
+        return
+    ours, theirs = _foundation(recipe, begun[-1]), {}
+    with suppress(UsageError):  # a record that another version has written may not be a recipe of ours
+        theirs = _foundation(load_recipe(str(record)), begun[-1])
+    differing = [key for key in ours if key not in theirs or ours[key] != theirs[key]]
+    if differing:
+        keeping = "stage=finetune " if differing == ["finetune"] else ""
         raise UsageError(
-            f"{recipe.output} holds a run of another recipe ({record}); choose output_dir=..., or resume=false to "
-            "write over it"
+            f"{recipe.output} holds a run of another recipe ({record}; not the same: {', '.join(differing)}); choose "
+            f"output_dir=..., or {keeping}resume=false to write over it"
         )
+
+
+def _foundation(recipe: Recipe, last: str) -> dict[str, Any]:
+    """What of a recipe the stages up to `last` rest on."""
+    values = asdict(replace(recipe, stage="all", resume=True))
+    for stage in STAGES[STAGES.index(last) + 1 :]:
+        spec = values.pop(stage) or {}
+        if (
+            isinstance(recipe.model.text, dict) and recipe.from_model is None
+        ):  # its tokenizer has learned from the data of all stages
+            values[f"{stage}.data"] = spec.get("data"), spec.get("image_root")
+    return values
 
 
 def _claim_output(recipe: Recipe, stage: str) -> None:
@@ -147,7 +168,7 @@ def _claim_output(recipe: Recipe, stage: str) -> None:
     (recipe.output / "recipe.yaml").write_text(_record(recipe), encoding="utf-8")
 
 
-def _first_model(recipe: Recipe, stage: str) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+def _first_model(recipe: Recipe, stage: str) -> Parts:
     """What the first stage of this call starts from: a given model, stage 1's result, or new parts."""
     after_pretrain = recipe.output / "pretrain" / "model"
     if recipe.from_model is not None:
@@ -169,52 +190,54 @@ def recipe_texts(recipe: Recipe) -> Iterator[str]:
                     yield from split_at_images(message)
 
 
-def _run_stage(
+def _speaker(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
+    """The processor that encodes a stage's samples, and the stage's budget; `UsageError` if model and stage differ."""
+    model, processor = parts
+    spec: StageSpec = getattr(recipe, stage)
+    speaker, budget = copy.copy(processor), None
+    with _naming(stage):
+        refuse_missing_modules(model, spec.learning_rates)
+        if spec.template is not None:
+            speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
+        if spec.elastic is not None:
+            model.to(PartialState().device)  # the connector is asked for every number of the range
+            choices = elastic_choices(model.model.connector, *spec.elastic)
+            speaker.num_image_tokens = processor.num_placeholders(choices[-1])
+            budget = ElasticBudget(choices, recipe.seed, processor)
+    return speaker, budget
+
+
+def _trainer(
     recipe: Recipe,
     stage: str,
-    parts: tuple[AcFormerForConditionalGeneration, AcFormerProcessor],
+    parts: Parts,
+    spoken: tuple[AcFormerProcessor, ElasticBudget | None],
     samples: list[Sample],
     skip_log: SkipLog,
     progress: bool,
 ) -> AcFormerTrainer:
-    model, processor = parts
+    (model, _), (speaker, budget) = parts, spoken
     spec: StageSpec = getattr(recipe, stage)
-    folder = recipe.output / stage
     logger.info("stage %s: %d samples\n%s", stage, len(samples), freeze(model, spec.learning_rates))
-    args = training_arguments(spec, folder, recipe.seed, progress)
+    args = training_arguments(spec, recipe.output / stage, recipe.seed, progress)
     model.to(args.device)
-    speaker = copy.copy(processor)
-    if spec.template is not None:
-        speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
-    budget = None
-    if spec.elastic is not None:
-        choices = elastic_choices(model.model.connector, *spec.elastic)
-        speaker.num_image_tokens = processor.num_placeholders(choices[-1])
-        budget = ElasticBudget(choices, recipe.seed, processor)
     dataset = ConversationDataset(samples, speaker, max_length=spec.max_length, group=spec.group)
     features = cached_features(parts, samples, progress) if recipe.cache_features else None
-    guard = Guard()
-    trainer = AcFormerTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=Collator(speaker, features=features, skip_log=skip_log, dataset=dataset),
-        learning_rates=spec.learning_rates,
-        budget=budget,
-        callbacks=[guard],
-    )
-    guard.trainer = trainer
+    with _naming(stage), fitting():
+        trainer = AcFormerTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=Collator(speaker, features=features, skip_log=skip_log, dataset=dataset),
+            learning_rates=spec.learning_rates,
+            budget=budget,
+        )
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log to stdout
-    checkpoint = newest_whole(folder, logger.warning) if recipe.resume else None
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.is_world_process_zero():
-        (folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
-    logger.info("stage %s: %d records read, %d skipped", stage, skip_log.offered, skip_log.skipped)
     return trainer
 
 
 def cached_features(
-    parts: tuple[AcFormerForConditionalGeneration, AcFormerProcessor],
+    parts: Parts,
     samples: Iterable[Sample],
     progress: bool = True,
 ) -> FeatureCache:

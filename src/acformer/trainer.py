@@ -3,6 +3,7 @@ visual tokens that may change at every step, batches of like length that a resum
 step that is not finite, whole checkpoints.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
-from acformer.checkpoints import write_manifest
+from acformer.checkpoints import keep_newest, write_manifest
 from acformer.data.collate import ConversationDataset
 from acformer.data.lengths import LengthGroupedSampler
+from acformer.data.skip_log import SKIPPED
+from acformer.download import locked
 from acformer.elastic import ElasticBudget
 from acformer.errors import DivergedError, UsageError
 from acformer.hf import AcFormerForConditionalGeneration
@@ -25,18 +28,25 @@ def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, fl
 
     `UsageError` for a module of which the model has none (`fusion`, where that is `concat`).
     """
+    refuse_missing_modules(model, learning_rates)
     lines = []
     for name, parameters in module_parameters(model).items():
-        rate = learning_rates.get(name)
         if not parameters:
-            if rate is not None:
-                raise UsageError(f"learning_rates.{name}: this model has no weights there; leave it out")
             continue
+        rate = learning_rates.get(name)
         for parameter in parameters:
             parameter.requires_grad_(rate is not None)
         count = sum(p.numel() for p in parameters)
         lines.append(f"{name:<15} {count / 1e6:9.2f} M  {'frozen' if rate is None else f'lr {rate:g}'}")
     return "\n".join(lines)
+
+
+def refuse_missing_modules(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> None:
+    """`UsageError` for a named module of which the model has no weights."""
+    groups = module_parameters(model)
+    for name in learning_rates:
+        if not groups[name]:
+            raise UsageError(f"learning_rates.{name}: this model has no weights there; leave it out")
 
 
 def module_parameters(model: AcFormerForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
@@ -57,7 +67,10 @@ class AcFormerTrainer(Trainer):
         super().__init__(**kwargs)
         self.learning_rates = learning_rates
         self.budget = budget
-        self.sample_ids: list[str] = []
+        self.sample_ids: list[str] = []  # of the step so far, which may have several batches
+        # The Trainer would remove the older checkpoints before the new one has its manifest: `Guard` does it after.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.add_callback(Guard(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what `optim` says) with one group a module and decay setting."""
@@ -88,7 +101,8 @@ class AcFormerTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         """The model's loss; a loss that is not finite stops the run before anything is changed by it."""
-        self.sample_ids = inputs.pop("sample_ids", [])
+        sample_ids = inputs.pop("sample_ids", [])
+        self.sample_ids += sample_ids
         if self.budget is not None:
             inputs = self.budget(inputs, self.state.global_step)
         if "vision_tower" not in self.learning_rates:
@@ -96,16 +110,16 @@ class AcFormerTrainer(Trainer):
         result = super().compute_loss(model, {**inputs, "supervised_only": True}, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if not torch.isfinite(loss):
-            names = ", ".join(self.sample_ids)
+            names = ", ".join(sample_ids)
             raise DivergedError(f"loss is {loss.item()} at step {self.state.global_step + 1}: samples {names}")
         return result
 
 
 class Guard(TrainerCallback):
-    """Stops before an optimizer step on gradients that are not finite; completes every checkpoint's manifest."""
+    """Stops before an optimizer step on gradients that are not finite; completes every checkpoint."""
 
-    def __init__(self) -> None:
-        self.trainer: AcFormerTrainer | None = None
+    def __init__(self, trainer: AcFormerTrainer) -> None:
+        self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Gradients are looked at after clipping: one that is not finite has spread to all of them by then."""
@@ -113,12 +127,24 @@ class Guard(TrainerCallback):
             return  # there the loss scaler skips such steps, and the first ones are expected to overflow
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            names = ", ".join(self.trainer.sample_ids) if self.trainer else ""
+            names = ", ".join(self.trainer.sample_ids)
             raise DivergedError(f"the gradient is not finite at step {state.global_step + 1}: samples {names}")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next batch belongs to another step."""
+        self.trainer.sample_ids = []
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The manifest comes last, after every process has written: a checkpoint without one did not finish."""
-        if self.trainer is not None:
-            self.trainer.accelerator.wait_for_everyone()
+        """The manifest comes last, after every process has written: a checkpoint without one did not finish.
+
+        Older checkpoints go only then, so that there is a whole one at any moment.
+        """
+        self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir)
+            checkpoint, skipped = folder / f"checkpoint-{state.global_step}", folder / SKIPPED
+            if skipped.exists():
+                with locked(skipped):
+                    shutil.copy(skipped, checkpoint)
+            write_manifest(checkpoint)
+            keep_newest(folder, self.trainer.save_total_limit, state.global_step)

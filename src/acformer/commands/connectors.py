@@ -12,10 +12,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Two lines a connector: what it does, its options with their defaults."""
-    from acformer.connectors import CONNECTORS, connector_options
+    from acformer.connectors import CONNECTORS, connector_options, list_connectors
 
-    width, lines = max(map(len, CONNECTORS)), []
-    for name, connector in sorted(CONNECTORS.items()):
+    names: list[str] = list_connectors()
+    width, lines = max(map(len, names)), list[str]()
+    for name in names:
         options = ", ".join(f"{key}={value}" for key, value in connector_options(name).items())
-        lines += [f"{name:<{width}} {(connector.__doc__ or '').splitlines()[0]}", f"{'':<{width}} {options}".rstrip()]
+        idea = (CONNECTORS[name].__doc__ or "").strip().partition("\n")[0]
+        lines += [f"{name:<{width}} {idea}", f"{'':<{width}} {options}".rstrip()]
     return "\n".join(lines)

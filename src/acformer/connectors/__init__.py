@@ -1,4 +1,7 @@
-"""Connectors by name. To add one: write its file, add its line to `CONNECTORS`, run the contract tests."""
+"""Connectors by name. To add one: write its file, add its line to `CONNECTORS`, run the contract tests.
+
+One outside this package is found by its entry point in `acformer.connectors`.
+"""
 
 import inspect
 import math
@@ -24,30 +27,35 @@ from acformer.connectors.random_pr import RandomPRConnector
 from acformer.connectors.token_packer import TokenPackerConnector
 from acformer.connectors.top_p import TopPConnector
 from acformer.errors import UsageError, unknown_name
+from acformer.registry import Registry
 
-CONNECTORS: dict[str, type[Connector]] = {
-    "acformer": AcFormerConnector,
-    "c_abstractor": CAbstractorConnector,
-    "d_abstractor": DAbstractorConnector,
-    "downsample": DownsampleConnector,
-    "e_vit": EViTConnector,
-    "ldp_v2": LDPv2Connector,
-    "linear": LinearConnector,
-    "mlp": MLPConnector,
-    "perceiver": PerceiverConnector,
-    "pixel_shuffle": PixelShuffleConnector,
-    "pooling": PoolingConnector,
-    "pooling_pr": PoolingPRConnector,
-    "q_former": QFormerConnector,
-    "random_pr": RandomPRConnector,
-    "token_packer": TokenPackerConnector,
-    "top_p": TopPConnector,
-}
+CONNECTORS = Registry[type[Connector]](
+    "connector",
+    "acformer.connectors",
+    {
+        "acformer": AcFormerConnector,
+        "c_abstractor": CAbstractorConnector,
+        "d_abstractor": DAbstractorConnector,
+        "downsample": DownsampleConnector,
+        "e_vit": EViTConnector,
+        "ldp_v2": LDPv2Connector,
+        "linear": LinearConnector,
+        "mlp": MLPConnector,
+        "perceiver": PerceiverConnector,
+        "pixel_shuffle": PixelShuffleConnector,
+        "pooling": PoolingConnector,
+        "pooling_pr": PoolingPRConnector,
+        "q_former": QFormerConnector,
+        "random_pr": RandomPRConnector,
+        "token_packer": TokenPackerConnector,
+        "top_p": TopPConnector,
+    },
+)
 
 
 def list_connectors() -> list[str]:
     """Names that `build_connector` takes, sorted."""
-    return sorted(CONNECTORS)
+    return CONNECTORS.names()
 
 
 def connector_options(name: str) -> dict[str, Any]:
@@ -85,16 +93,13 @@ def budget_options(name: str, geometry: Geometry, num_tokens: int) -> dict[str, 
     Empty where it always gives all patches. What it really gives is the built connector's `num_tokens`.
     `UsageError` for a name that is not known or less than one token.
     """
-    if name not in CONNECTORS:
-        raise unknown_name("connector", name, CONNECTORS)
+    connector = CONNECTORS[name]
     if num_tokens < 1:
         raise UsageError(f"an image must cost at least 1 visual token, got num_tokens={num_tokens}")
-    return CONNECTORS[name].for_budget(geometry, num_tokens)
+    return connector.for_budget(geometry, num_tokens)
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-    if name not in CONNECTORS:
-        raise unknown_name("connector", name, CONNECTORS)
     parameters = inspect.signature(CONNECTORS[name], eval_str=True).parameters
     return {key: parameter for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
 

@@ -4,17 +4,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.deformable import DeformableLayer, uniform_points
 from acformer.connectors.grid_connector import GridConnector
-from acformer.connectors.initialise import OwnStart
 from acformer.vision import VisionFeatures
 
 
-class DAbstractorConnector(GridConnector, OwnStart):
+class DAbstractorConnector(GridConnector):
     """Proj of T = h' x w' pooled patches that went through `depth` layers of deformable attention to all patches.
 
     Each query begins as the average patch of its cell, has a learned position, and looks around a learned reference
@@ -37,16 +35,10 @@ class DAbstractorConnector(GridConnector, OwnStart):
     ):
         super().__init__(geometry, num_tokens)
         width = geometry.vision_hidden_size
-        self.positions = nn.Parameter(torch.empty(self.num_tokens, width))
-        self.shifts = nn.Parameter(torch.empty(self.num_tokens, 2))
+        self.positions = nn.Parameter(torch.randn(self.num_tokens, width))
+        self.shifts = nn.Parameter(torch.zeros(self.num_tokens, 2))  # from the cells' centres
         self.layers = nn.ModuleList(DeformableLayer(width, num_heads, num_points, ff_mult) for _ in range(depth))
         self.projector = Projector(width, geometry.text_hidden_size)
-        self.start()
-
-    def start(self) -> None:
-        """Positions are unit normal, reference points at the centres of their cells."""
-        init.normal_(self.positions)
-        init.zeros_(self.shifts)
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, N, D) -> (B, T, E)."""

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from acformer.connectors.attention import MultiHeadAttention, whole_heads
-from acformer.connectors.initialise import OwnStart
 
 
-class DeformableAttention(OwnStart):
+class DeformableAttention(nn.Module):
     """W_o Concat_i(sum_k a_ik(q) (W_v x)_i[p + o_ik(q)]) + b_o, x[.] bilinear, 0 outside the map.
 
     Of each head i, `num_points` offsets o, in patches, and weights a, a softmax over k, are linear in the query.
@@ -33,17 +31,17 @@ class DeformableAttention(OwnStart):
         self.weight_proj = nn.Linear(dim, num_heads * num_points)
         self.v_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
-        self.start()
+        self._start()
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Offsets and weights as the class says; values and outputs Xavier."""
         for linear in (self.offset_proj, self.weight_proj):
-            init.zeros_(linear.weight)
-            init.zeros_(linear.bias)
-        init.copy_(self.offset_proj.bias, _star(self.num_heads, self.num_points).flatten())
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self.offset_proj.bias.data.copy_(_star(self.num_heads, self.num_points).flatten())
         for linear in (self.v_proj, self.o_proj):
-            init.xavier_uniform_(linear.weight)
-            init.zeros_(linear.bias)
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(
         self,

@@ -6,15 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
-from transformers import initialization as init
 
 from acformer.connectors.attention import whole_heads
 from acformer.connectors.base import Connector, Geometry
-from acformer.connectors.initialise import OwnStart
 from acformer.vision import VisionFeatures
 
 
-class QFormerConnector(Connector, OwnStart):
+class QFormerConnector(Connector):
     """W Q-Former(queries, R_v) + b: learned queries, the same for every image, in a BERT that also reads the image.
 
     `depth` layers of self-attention among the queries and a feed-forward network, norms after the sums; every
@@ -49,7 +47,7 @@ class QFormerConnector(Connector, OwnStart):
         self.queries = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.q_former = Blip2QFormerModel(config)
         self.projector = nn.Linear(hidden_size, geometry.text_hidden_size)
-        self.start()
+        self._start()
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
@@ -61,14 +59,14 @@ class QFormerConnector(Connector, OwnStart):
         """As many as there are queries."""
         return self.queries.shape[0]
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Queries and the Q-Former's Linears normal, biases 0."""
         std = self.q_former.config.initializer_range
-        init.normal_(self.queries, std=std)
+        nn.init.normal_(self.queries, std=std)
         for module in self.q_former.modules():
             if isinstance(module, nn.Linear):
-                init.normal_(module.weight, std=std)
-                init.zeros_(module.bias)
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, P+N, D) -> (B, T, E)."""

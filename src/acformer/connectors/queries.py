@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from acformer.connectors.base import Geometry
 from acformer.connectors.merging import fuse_rest, merge_rest, take
 from acformer.connectors.token_grid import nearest_num_tokens, token_grid
-from acformer.errors import UsageError, unknown_name
-from acformer.selectors import SELECTORS, mean_cls_attention
+from acformer.errors import UsageError
+from acformer.selectors import SELECTORS, check_num, mean_cls_attention
 from acformer.vision import VisionFeatures
 
 
@@ -55,7 +55,7 @@ class LearnedQueries(QuerySource):
 
 
 class PooledQueries(QuerySource):
-    """[CLS] and the means of h' x w' regions of the patches, (h', w') = `token_grid(T - 1, (h, w))`.
+    """[CLS] and the means of h' x w' regions of the patches, (h', w') = `token_grid(T, (h, w), extra=1)`.
 
     Adaptive average pooling: where h' does not divide h, neighbouring regions share patches. Registers are left
     out; without [CLS] the T tokens are all regions. `UsageError` where T - 1 cannot be laid out so.
@@ -67,7 +67,7 @@ class PooledQueries(QuerySource):
         super().__init__()
         self.num_cls = min(1, geometry.num_prefix_tokens)
         self.num_tokens = num_tokens
-        self.layout = token_grid(num_tokens - self.num_cls, geometry.grid)
+        self.layout = token_grid(num_tokens, geometry.grid, self.num_cls)
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class PooledQueries(QuerySource):
     def forward(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T D"]:
         """(B, P+N, D) -> (B, T, D)."""
         own = num_tokens == self.num_tokens
-        layout = self.layout if own else token_grid(num_tokens - self.num_cls, features.grid)
+        layout = self.layout if own else token_grid(num_tokens, features.grid, self.num_cls)
         pooled = F.adaptive_avg_pool2d(features.patches.mT.unflatten(-1, features.grid), layout)
         return torch.cat([features.tokens[:, : self.num_cls], pooled.flatten(2).mT], dim=1)
 
@@ -102,13 +102,12 @@ class SelectedQueries(QuerySource):
 
     def __init__(self, geometry: Geometry, num_anchors: int, selector: str = "anchors", stochastic: bool = False):
         super().__init__()
-        if selector not in SELECTORS:
-            raise unknown_name("selector", selector, SELECTORS)
         most = geometry.num_patches - self.num_fused
         if not 1 <= num_anchors <= most:
             h, w = geometry.grid
             raise UsageError(f"num_anchors={num_anchors} is outside 1..{most}: the image has {h} x {w} patches")
-        if stochastic and SELECTORS[selector].draw is None:
+        draw = SELECTORS[selector].draw
+        if stochastic and draw is None:
             able = ", ".join(sorted(name for name, other in SELECTORS.items() if other.draw is not None))
             raise UsageError(f"selector {selector!r} cannot draw its patches; stochastic ones: {able}")
         self.selector, self.stochastic = selector, stochastic
@@ -124,6 +123,7 @@ class SelectedQueries(QuerySource):
     def forward(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T D"]:
         """[CLS], the chosen patches, what is merged of the rest: (B, T, D)."""
         num = num_tokens - self.num_cls
+        check_num(num - self.num_fused, features.patches.shape[1])  # contextual tokens too need a patch each
         share = SELECTORS[self.selector].contextual
         num_merged = self.num_fused or min(round(share * num_tokens), max(num - 1, 0))
         index = self.choose(features, num - num_merged)

@@ -6,25 +6,27 @@ Unlike pooling by a whole kernel, h' and w' need not divide the patch grid: adap
 from acformer.errors import UsageError
 
 
-def token_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(h', w') with h' w' = num_tokens, h' <= h, w' <= w, and h' / w' by ratio nearest to h / w; ties: more columns.
+def token_grid(num_tokens: int, grid: tuple[int, int], extra: int = 0) -> tuple[int, int]:
+    """(h', w') with h' w' = T - extra, h' <= h, w' <= w, and h' / w' by ratio nearest to h / w; ties: more columns.
 
     144 of 24 x 24 patches are 12 x 12; 32 of 16 x 16 are 4 x 8.
 
     Args:
         num_tokens: T.
         grid: (h, w), the patches.
+        extra: how many of the T stand outside the layout, as [CLS] does; the error speaks of T all the same.
 
     Raises:
         UsageError: no such grid, for example T prime and larger than a side; names the nearest numbers that have one.
     """
-    layouts = [(rows, cols) for rows, cols in _layouts(grid) if rows * cols == num_tokens]
+    layouts = [(rows, cols) for rows, cols in _layouts(grid) if rows * cols == num_tokens - extra]
     if not layouts:
-        below, above = _neighbours(num_tokens, grid)
-        nearest = " and ".join(str(number) for number in (below, above) if number is not None)
-        h, w = grid
+        neighbours = _neighbours(num_tokens - extra, grid)
+        nearest = " and ".join(str(number + extra) for number in neighbours if number is not None)
+        (h, w), beside = grid, f"{extra} + " if extra else ""
         raise UsageError(
-            f"{num_tokens} tokens cannot be laid out as rows x columns within {h} x {w} patches; nearest: {nearest}"
+            f"{num_tokens} tokens cannot be laid out as {beside}rows x columns within {h} x {w} patches; "
+            f"nearest: {nearest}"
         )
     return min(layouts, key=lambda layout: (_distortion(layout, grid), -layout[1]))
 

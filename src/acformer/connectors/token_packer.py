@@ -23,8 +23,8 @@ class TokenPackerConnector(Connector):
 
     down(R): the feature layer's patches, bilinearly shrunk by the scale s; for s = 2 the mean of the four. M: the
     same patches at all `levels`, side by side (K D wide). T = N / s^2: 144 of 24 x 24 patches for s = 2. Source:
-    TokenPacker (Li et al., arXiv 2407.02392) as released, where queries are not added to what they read. Differs in
-    taking any scale, also one for rows and one for columns, and any levels.
+    TokenPacker (Li et al., arXiv 2407.02392) as released, where queries are not added to what they read; it also
+    starts as there. Differs in taking any scale, also one for rows and one for columns, and any levels.
 
     Args:
         geometry: where it stands.
@@ -55,6 +55,22 @@ class TokenPackerConnector(Connector):
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = MultiHeadAttention(width, num_heads)
         self.projector = Projector(width, geometry.text_hidden_size)
+        self._start()
+
+    def _start(self) -> None:
+        """Weights normal with deviation 0.02 for any width, biases 0; the attention's W_q, W_k, W_v Xavier.
+
+        The release truncates the normal at 100 deviations, which is nowhere. Its rule is for Linears, and torch's
+        attention holds these three as one (3 D, D) matrix, which keeps torch's start: uniform to sqrt(6 / (4 D)).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for linear in (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj):
+            bound = (6 / (4 * linear.in_features)) ** 0.5
+            nn.init.uniform_(linear.weight, -bound, bound)
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:

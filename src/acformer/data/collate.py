@@ -106,9 +106,9 @@ class Collator:
       images has neither.
     - `sample_ids`: list of B, for error messages (not for the model)
 
-    A batch of which nothing can be used repeats the last good one; when there is none yet, the first good item of
-    `dataset` takes its place. Errors: `BatchError` when neither is there, when there is nothing to learn, when
-    placeholders and images disagree, and `SkipLog.check`'s when too many samples are bad.
+    The first usable item of `dataset` takes the place of a batch of which nothing can be used: always the same one,
+    since what came before differs after a resume and between workers. Errors: `BatchError` when there is none, when
+    there is nothing to learn, when placeholders and images disagree, and `SkipLog.check`'s when too many are bad.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Collator:
         self.features = features.__getitem__ if isinstance(features, Mapping) else features
         self.skip_log = skip_log
         self.dataset = dataset
-        self.spare: list[Opened] = []
+        self._first_usable: list[Opened] | None = None
 
     def __call__(self, groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
         """The batch, without the samples that cannot be used."""
@@ -134,10 +134,9 @@ class Collator:
 
     def _batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         good, reason = self._usable(items)
-        good = good or self.spare or self._first_usable()  # a batch cannot be empty
+        good = good or self._stand_in()  # a batch cannot be empty
         if not good:
             raise DataError(f"no usable sample in the batch {_names(items)}: {reason}")
-        self.spare = good
         images = [image for _, opened in good for image in opened]
         good_items = [item for item, _ in good]
         batch = self._text(good_items)
@@ -155,10 +154,12 @@ class Collator:
                 self._skip(item, error)
         return good, reason
 
-    def _first_usable(self) -> list[Opened]:
+    def _stand_in(self) -> list[Opened]:
         """What is good of the first item of the data set that has any."""
-        groups = () if self.dataset is None else map(self.dataset.__getitem__, range(len(self.dataset)))
-        return next(filter(None, (self._usable(group)[0] for group in groups)), [])
+        if self._first_usable is None:
+            groups = () if self.dataset is None else map(self.dataset.__getitem__, range(len(self.dataset)))
+            self._first_usable = next(filter(None, (self._usable(group)[0] for group in groups)), [])
+        return self._first_usable
 
     def _open(self, item: dict[str, Any]) -> list[tuple[Path, Any]]:
         """The pictures of an item, or what the encoder made of them."""

@@ -8,6 +8,8 @@ from acformer.download import locked
 from acformer.errors import DataError
 
 FsPath = str | os.PathLike[str]
+SKIPPED = "skipped.jsonl"
+"""The log's name in a stage's folder, and in a checkpoint: what was skipped until then."""
 
 
 class SkipLog:

@@ -7,6 +7,7 @@ A measure turns each reply into a row of counts and the sum of rows into a score
 need only add up rows, also for F1 and for circles of questions.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,9 +111,10 @@ def vqa(replies: Sequence[Reply]) -> Measure:
 def circular(replies: Sequence[Reply]) -> Measure:
     """Right only where all orders of the options are (MMBench, Liu et al. 2023); plain accuracy besides.
 
-    The askings of one question have ids that differ after the last `/`.
+    The askings of one question are about one picture and have ids that end in `/0` to `/3`, the same before that.
+    Any other question stands alone: its id may be a path.
     """
-    circles = [reply.id.rpartition("/")[0] or reply.id for reply in replies]
+    circles = [(reply.picture, re.sub(r"/[0-3]\Z", "/", reply.id)) for reply in replies]
     sizes = Counter(circles)
     wrong = {circle for circle, reply in zip(circles, replies, strict=True) if not reply.right}
     rows = [[(circle not in wrong) / sizes[circle], 1 / sizes[circle]] for circle in circles]

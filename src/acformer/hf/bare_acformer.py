@@ -128,10 +128,10 @@ class AcFormerModel(AcFormerPreTrainedModel):
             image_output = self.get_image_features(pixel_values, vision_features, num_image_tokens)
         places, images = None, {}
         if image_output is not None:
-            places = self._image_places(input_ids, inputs_embeds)
+            places = self.image_places(input_ids, inputs_embeds)
             images = self._gather(places, image_output.pooler_output)
         elif cross_attention_states is not None and cross_attention_mask is not None:
-            places = self._image_places(input_ids, inputs_embeds)
+            places = self.image_places(input_ids, inputs_embeds)
             images = {
                 "cross_attention_states": cross_attention_states,
                 "cross_attention_mask": cross_attention_mask,
@@ -150,17 +150,17 @@ class AcFormerModel(AcFormerPreTrainedModel):
         image_tokens = None if image_output is None else torch.cat(list(image_output.pooler_output))
         return AcFormerModelOutput(**output, image_hidden_states=image_tokens)
 
-    def images_by_row(self, image_output: BaseModelOutputWithPooling, input_ids: Tensor) -> dict[str, Tensor]:
-        """What `forward` takes in place of the images at each step of a generation from this prompt."""
-        return self._gather(input_ids == self.config.image_token_id, image_output.pooler_output)
+    def images_by_row(self, image_output: BaseModelOutputWithPooling, places: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes in place of the images at each step of a generation from a prompt with these places."""
+        return self._gather(places, image_output.pooler_output)
 
     def _gather(self, places: Tensor, per_image: Sequence[Tensor]) -> dict[str, Tensor]:
         wanted = sum(self.fusion.num_placeholders(len(tokens)) for tokens in per_image)
         check_counts(places.sum(), len(per_image), wanted)
         return self.fusion.gather(places, per_image)
 
-    def _image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(B, L) bool: where the image tokens stand."""
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, L) bool: where the image tokens stand; by the ids, or by the embeddings where there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)

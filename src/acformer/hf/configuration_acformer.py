@@ -7,8 +7,19 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from acformer.cls_attention import num_prefix_tokens
 from acformer.connectors import Connector, Geometry, build_connector
+from acformer.errors import UsageError
 from acformer.fusion import fusion_class
 from acformer.vision import patch_grid
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "vision_config": (dict, PreTrainedConfig),
+    "text_config": (dict, PreTrainedConfig),
+    "connector_kwargs": (dict,),
+    "fusion_kwargs": (dict,),
+    "feature_layer": (int,),
+    "image_size": (int,),
+}
+"""What the fields of a config may be; those without a default of their own may be None, too."""
 
 
 class AcFormerConfig(PreTrainedConfig):
@@ -38,6 +49,9 @@ class AcFormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, kinds in KINDS.items():
+            if not isinstance(value := getattr(self, name), (*kinds, type(None))):
+                raise UsageError(f"config field {name} must be {kinds[0].__name__}, got {value!r}")
         self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
         self.text_config = _sub_config(self.text_config, "llama")
         self.connector_kwargs = dict(self.connector_kwargs or {})

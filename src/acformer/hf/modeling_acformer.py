@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from acformer.errors import UsageError
 from acformer.hf.bare_acformer import AcFormerModel, check_counts
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.outputs_acformer import AcFormerCausalLMOutput
@@ -49,11 +50,15 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
     ) -> Any:
         """As transformers', and two more ways to give the images; image tokens without images are refused.
 
+        Under `concat`, those that `past_key_values` hold need no images again.
+
         Args:
             vision_features: encoder output instead of `pixel_values` (see `AcFormerModel.get_image_features`).
             image_tokens: instead of either, the visual tokens (T, E) of each image, as `ImageTokens` keeps them.
         """
-        ids, every_step = kwargs.get("input_ids", inputs), self.model.fusion.reads_every_step
+        every_step = self.model.fusion.reads_every_step
+        if every_step:
+            self._refuse_prompt_lookup(*args, **kwargs)
         if image_tokens is not None and len(image_tokens):
             output = BaseModelOutputWithPooling(pooler_output=list(image_tokens))
             kwargs["mm_encoder_outputs"] = {"image": output}
@@ -63,16 +68,42 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
                 output = self.get_image_features(pixels, vision_features=vision_features, num_image_tokens=budget)
             kwargs["mm_encoder_outputs"] = {"image": output}
         given = kwargs.get("mm_encoder_outputs")
-        if ids is not None and kwargs.get("pixel_values", given) is None:
-            check_counts((ids == self.config.image_token_id).sum(), 0, 0)
-        if every_step and given and ids is not None:
+        ids, cache = kwargs.get("input_ids", inputs), kwargs.get("past_key_values")
+        embeds: Any = kwargs.get("inputs_embeds")
+        if ids is None and embeds is None:
+            return super().generate(inputs, *args, **kwargs)
+        places = self.model.image_places(ids if embeds is None else None, embeds)
+        if given is None and kwargs.get("pixel_values") is None:
+            read = 0 if every_step or cache is None else cache.get_seq_length()  # the cache holds these images
+            check_counts(places[:, read:].sum(), 0, 0)
+        if every_step and given:
             del kwargs["mm_encoder_outputs"]
-            kwargs |= self.model.images_by_row(given["image"], ids)
+            kwargs |= self.model.images_by_row(given["image"], places)
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
-        """As transformers'; images belong to the first step, which older versions forget for `mm_encoder_outputs`."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+    def _refuse_prompt_lookup(self, generation_config: Any = None, *_: Any, **kwargs: Any) -> None:
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        if kwargs.get("prompt_lookup_num_tokens") or any(config.prompt_lookup_num_tokens for config in configs):
+            raise UsageError(
+                "prompt_lookup_num_tokens proposes what the prompt holds, <image> included, which "
+                f"fusion {self.config.fusion} would read as the place of one more image: generate without it"
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict:
+        """As transformers', which looks for `inputs_embeds` in this signature.
+
+        Images belong to the first step, which older versions forget for `mm_encoder_outputs`.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("mm_encoder_outputs", None)
         return inputs

@@ -6,11 +6,11 @@ transformers itself warns of them, and goes on with random ones.
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 
-from acformer.connectors import Connector
-from acformer.connectors.initialise import initialise
+from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError
 from acformer.fusion import GatedBlock
 from acformer.hf.configuration_acformer import AcFormerConfig
@@ -43,10 +43,12 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As transformers', but a missing, unexpected or wrong-shaped weight is a `CheckpointError`.
 
+        Safetensors alone are read unless `use_safetensors=False` says otherwise: a pickle may be anything.
         `strict=False` restores transformers' behaviour: a report is printed and a model is returned.
         """
         name, want_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs.setdefault("use_safetensors", True)
         kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
         model, report = super().from_pretrained(name, *args, **kwargs)
         if strict:
@@ -57,9 +59,31 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Connector):
-            initialise(module)
+            self._start_as_built(module)
         elif isinstance(module, GatedBlock):
             module.close()
+
+    def _start_as_built(self, connector: Connector) -> None:
+        """What was not loaded starts with the value that the connector's constructor gives it.
+
+        transformers builds models without memory and would know only some kinds of weights; a connector may hold any.
+        """
+        waiting = {name: value for name, value in _tensors(connector).items() if not _is_loaded(value)}
+        if not waiting:
+            return
+        with torch.device("cpu"):
+            built = _tensors(build_connector(self.config.connector, connector.geometry, **self.config.connector_kwargs))
+        for name, value in waiting.items():
+            init.copy_(value, built[name])
+
+
+def _tensors(connector: Connector) -> dict[str, Tensor]:
+    """Weights and buffers, those among them that no checkpoint holds."""
+    return {**dict(connector.named_parameters()), **dict(connector.named_buffers())}
+
+
+def _is_loaded(value: Tensor) -> bool:
+    return getattr(value, "_is_hf_initialized", False)
 
 
 def _refuse_wrong_keys(

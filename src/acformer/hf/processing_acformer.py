@@ -1,6 +1,8 @@
 """`AcFormerProcessor`: pictures and text in, model inputs out; one `<image>` becomes T image tokens."""
 
 import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -8,6 +10,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from acformer.fusion import fusion_class
+from acformer.images import load_image
 
 IMAGE_TOKEN = "<image>"
 
@@ -42,10 +45,20 @@ class AcFormerProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Model inputs for prompts in which every image is one `<image>`.
 
-        `num_image_tokens` asks for another T in this call and is passed on to the model with the inputs.
+        Args:
+            images: pictures, or paths or bytes that `load_image` reads: one, a flat list in the order of the tags, or
+                a list for each prompt. Nothing is fetched.
+            text: one prompt or several. Where they begin with the tokenizer's BOS token, as a rendered chat may, the
+                tokenizer does not add another one.
+            num_image_tokens: another T in this call, passed on to the model with the inputs.
+
+        Raises:
+            ImageError: a picture that cannot be read, a URL. ValueError: tags and images differ in number.
         """
         own = self.num_image_tokens if self.fusion == "concat" else None
         if num_image_tokens is None or num_image_tokens == own:
+            if self._begin_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+                kwargs["add_special_tokens"] = False
             return super().__call__(images=images, text=text, **kwargs)
         other = copy.copy(self)
         other.num_image_tokens = self.num_placeholders(num_image_tokens)
@@ -53,19 +66,49 @@ class AcFormerProcessor(ProcessorMixin):
         inputs["num_image_tokens"] = num_image_tokens
         return inputs
 
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', of text and images; `ValueError` for audio, whose URL it would fetch, and for video."""
+        if other := {"audio", "video"}.intersection(_part_types(conversation)):
+            raise ValueError(f"a chat with this model holds text and images, not {' and '.join(sorted(other))}")
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
     def num_placeholders(self, num_image_tokens: int | None = None) -> int:
         """Image tokens that a prompt holds for an image of T visual tokens (by default the model's own T)."""
         if num_image_tokens is None:
             return self.num_image_tokens
         return fusion_class(self.fusion).num_placeholders(num_image_tokens)
 
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+        """As transformers', which would fetch URLs and open paths in a way of its own; no image at all is None."""
+        if _is_nested(images) and not any(images):
+            images = None
+        return super().prepare_inputs_layout(images=_opened(images), text=text, **kwargs)
+
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """`ValueError` unless the prompts hold one `<image>` for every image; transformers <= 5.19 does not look."""
+        """`ValueError` unless the prompts hold one `<image>` for every image, each of its own where they are nested.
+
+        transformers counts all rows together, and up to 5.19 not at all.
+        """
+        tags = [prompt.count(self.image_token) for prompt in text or []]
+        if tags and _is_nested(images):
+            self._check_rows(tags, [len(row) for row in images])
         super().validate_inputs(images=images, text=text, **kwargs)
-        tags = sum(prompt.count(self.image_token) for prompt in text or [])
         count = 0 if images is None else len(make_flat_list_of_images(images))
-        if text is not None and tags != count:
-            raise ValueError(f"the prompts hold {tags} {self.image_token} tags, but there are {count} images")
+        if text is not None and sum(tags) != count:
+            raise ValueError(f"the prompts hold {sum(tags)} {self.image_token} tags, but there are {count} images")
+
+    def _check_rows(self, tags: Sequence[int], counts: Sequence[int]) -> None:
+        if len(tags) != len(counts):
+            raise ValueError(f"{len(counts)} lists of images for {len(tags)} prompts: give each prompt its own list")
+        for row, (wanted, given) in enumerate(zip(tags, counts, strict=True)):
+            if wanted != given:
+                raise ValueError(
+                    f"row {row}: its prompt holds {wanted} {self.image_token} tags, its images are {given}"
+                )
+
+    def _begin_with_bos(self, text: Any) -> bool:
+        bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text
+        return bool(bos and prompts) and all(isinstance(one, str) and one.startswith(bos) for one in prompts)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image: T image tokens, whatever its size."""
@@ -75,3 +118,25 @@ class AcFormerProcessor(ProcessorMixin):
         """For vLLM: tokens per image of the given (height, width)s."""
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _is_nested(images: Any) -> bool:
+    """Whether it is a list of lists, one a prompt; an empty list is one, too."""
+    return isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
+
+
+def _opened(images: Any) -> Any:
+    """The same structure with every path, and every file's bytes, as a picture."""
+    if isinstance(images, list | tuple):
+        return [_opened(one) for one in images]
+    return load_image(images) if isinstance(images, str | bytes | os.PathLike) else images
+
+
+def _part_types(chat: Any) -> Iterator[Any]:
+    """`type` of every part of a chat or a batch of chats."""
+    if isinstance(chat, Mapping):
+        yield chat.get("type")
+        yield from _part_types(chat.get("content"))
+    elif isinstance(chat, list | tuple):
+        for inner in chat:
+            yield from _part_types(inner)

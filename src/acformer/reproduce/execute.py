@@ -1,7 +1,8 @@
 """A run made: the learning rate looked up, the recipe trained, the questions answered, the record written.
 
-Two kinds of work: a trial (few steps, the loss on held-out data) and a run (all steps, all scores). Each holds a lock
-while it works, so that what a killed command left running is waited for and not done twice.
+Three kinds of work: a trial (few steps, the loss on held-out data), a run (all steps, all scores) and a timing (the
+seconds of a step). Each holds a lock while it works, so that what a killed command left running is waited for and not
+done twice.
 """
 
 import logging
@@ -20,11 +21,12 @@ import torch
 from acformer.bench import machine
 from acformer.build import parse_device
 from acformer.checkpoints import load_model
+from acformer.connectors import list_connectors
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import IGNORE
 from acformer.data.samples import Sample
 from acformer.download import locked
-from acformer.errors import DataError, DivergedError
+from acformer.errors import DataError, DivergedError, UsageError
 from acformer.evaluate.generate import to_device
 from acformer.evaluate.report import evaluate, evaluation_samples
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
@@ -32,18 +34,18 @@ from acformer.recipe import READER, Recipe, StageSpec
 from acformer.reproduce.plans import Scale
 from acformer.reproduce.reading import num_parameters, reader_loss, reader_scores, train_reader
 from acformer.reproduce.records import read_record, write_record
-from acformer.reproduce.runs import Job, Run, Trial, job_path, job_record
-from acformer.reproduce.variants import shortened, with_factor, with_fraction
+from acformer.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
+from acformer.reproduce.variants import shortened, with_factor, with_fraction, with_steps
 from acformer.train import cached_features, stage_samples, train
 from acformer.trainer import freeze, module_parameters
 
 Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
-WARM_UP_STEPS, TIMED_STEPS = 2, 8
+WARM_UP_STEPS, TIMED_STEPS = 5, 25
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run or a trial, and where: `results` is the folder of the table, `work` where models lie meanwhile.
+    """A job, and where: `results` is the folder of the table, `work` where models lie meanwhile.
 
     language_model: the warm start, if any.
     """
@@ -56,24 +58,30 @@ class Task:
 
     def __call__(self) -> None:
         """Do it, unless it is done; what goes wrong is the record then."""
-        folder = self.work / f"{self.job.name}-{self.job.fingerprint}"
-        with locked(self.work / f"{folder.name}.lock"), _logged(folder / "log.txt"):
-            if job_record(self.results, self.job) is not None:
-                return
-            try:
-                record = _measure(self, self.job, folder) if isinstance(self.job, Run) else _try(self, self.job, folder)
-            except Exception as error:  # one row must not end the table; the log has the traceback
-                logging.getLogger("acformer").exception("%s failed", self.job.name)
-                self.fail(f"{type(error).__name__}: {error}")
-                return
-            write_record(job_path(self.results, self.job), {"fingerprint": self.job.fingerprint, **record})
-            if not self.keep_models:
-                _remove_models(folder)
+        try:
+            _refuse_unknown(self.job)
+            folder = self.work / f"{self.job.name}-{self.job.fingerprint}"
+            with locked(self.work / f"{folder.name}.lock"), _logged(folder / "log.txt"):
+                if job_record(self.results, self.job) is None:
+                    self.do(folder)
+        except Exception as error:  # one row must not end the table; the log has the traceback
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def do(self, folder: Path) -> None:
+        """Do it in this folder."""
+        if isinstance(self.job, Run):
+            record = _measure(self, self.job, folder)
+        else:
+            record = _try(self, self.job, folder) if isinstance(self.job, Trial) else _time(self, self.job, folder)
+        write_record(job_path(self.results, self.job), {"fingerprint": self.job.fingerprint, **record})
+        if not self.keep_models:
+            _remove_models(folder)
 
     def fail(self, reason: str) -> None:
-        """Write down that it could not be done, unless it was."""
-        if job_record(self.results, self.job) is None:
-            write_record(job_path(self.results, self.job), {"error": " ".join(reason.split())})
+        """Write down that it could not be done, unless it was; without a fingerprint, which may be what fails."""
+        path = job_path(self.results, self.job)
+        if not (there := read_record(path)) or "error" in there:
+            write_record(path, {"error": " ".join(reason.split())})
 
     def recipe(self, run: Run, folder: Path) -> Recipe:
         """The run's recipe, here."""
@@ -81,6 +89,16 @@ class Task:
         if self.language_model is not None:
             recipe = replace(recipe, model=replace(recipe.model, text=str(self.language_model)))
         return recipe
+
+
+def _refuse_unknown(job: Job) -> None:
+    """The plan knew the connector: a process that does not is one started for the job."""
+    name = (job if isinstance(job, Run) else job.run).recipe.model.connector
+    if name not in list_connectors():
+        raise UsageError(
+            f"connector {name!r} is unknown in the worker process, which starts anew and has only what its imports "
+            "register: install it as a package entry point, register it in an importable module, or take --jobs 1"
+        )
 
 
 def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
@@ -141,12 +159,24 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def _time(task: Task, timing: Timing, folder: Path) -> dict[str, Any]:
+    """Median seconds of forward, backward and update; at a rate so low that nothing diverges."""
+    recipe = with_factor(replace(task.recipe(timing.run, folder), seed=timing.seed), 1e-3)
+    if recipe.model.text == READER:
+        seconds = train_reader(with_steps(recipe, WARM_UP_STEPS + TIMED_STEPS)).seconds
+    else:  # a step of training builds the model as the recipe has it
+        parts = load_model(str(train(with_steps(recipe, 1), progress=False)), device=parse_device("auto"))
+        seconds = step_seconds(parts, recipe, folder)
+    median = statistics.median(seconds[WARM_UP_STEPS:])
+    return {"step_seconds": round(median, 5), "device": _device_name(parse_device("auto")), **machine()}
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
-    """Scores, the connector's weights and the time of a step, of a model with its language model."""
+    """Scores and the connector's weights, of a model with its language model."""
     parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
     scores = {}
     for number, data in enumerate(scale.data):
@@ -155,7 +185,7 @@ def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
         out = folder / f"eval-{number}"
         scores[data] = evaluate(parts, data, out, limit=scale.limit, features=features, progress=False)
     weights = sum(parameter.numel() for parameter in module_parameters(parts[0])["connector"])
-    return {"scores": scores, "num_parameters": weights, "step_seconds": step_seconds(parts, recipe, folder)}
+    return {"scores": scores, "num_parameters": weights}
 
 
 def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
@@ -167,7 +197,6 @@ def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]
             for number, data in enumerate(scale.data)
         },
         "num_parameters": num_parameters(trained.learner),
-        "step_seconds": round(statistics.median(trained.seconds), 5),
         "loss_curve": trained.curve(),
     }
 
@@ -196,8 +225,8 @@ def answer_loss(parts: Parts, recipe: Recipe, samples: list[Sample]) -> float:
     return total / count
 
 
-def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> float:
-    """Median seconds of a step of the last stage on one batch: forward, backward and AdamW, without the loader.
+def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> list[float]:
+    """Seconds of steps of the last stage on one batch: forward, backward and AdamW, without the loader.
 
     The encoder is in it unless its features come from the cache. The model is of no use afterwards.
     """
@@ -220,7 +249,7 @@ def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> float:
         if model.device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
-    return round(statistics.median(seconds[WARM_UP_STEPS:]), 5)
+    return seconds
 
 
 @contextmanager
@@ -234,6 +263,9 @@ def _logged(path: Path) -> Iterator[None]:
     logger.propagate = False
     try:
         yield
+    except Exception:
+        logger.exception("%s failed", path.parent.name)
+        raise
     finally:
         logger.level, logger.propagate = before
         logger.removeHandler(handler)

@@ -6,10 +6,11 @@ selectors, so that a new one has its row without a line here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from acformer.errors import UsageError, unknown_name
-from acformer.recipe import Recipe, load_recipe
+from acformer.recipe import READER, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,25 @@ class Scale:
     overrides: tuple[str, ...] = ()
 
     def load_recipe(self) -> Recipe:
-        """The recipe as it is run, without a folder of its own; `UsageError` for one that there is not."""
-        return replace(load_recipe(self.recipe, self.overrides), output_dir="", resume=True)
+        """The recipe as it is run, without what every run sets itself.
+
+        Raises:
+            UsageError: there is no such recipe; heads would be taught one level of scenes and asked about another.
+        """
+        recipe = load_recipe(self.recipe, self.overrides)
+        if recipe.model.text == READER and recipe.finetune:
+            self._refuse_other_scenes(recipe.finetune.data)
+        return replace(recipe, name=Path(self.recipe).stem, output_dir="", resume=True)
+
+    def _refuse_other_scenes(self, taught: str) -> None:
+        """Heads know the nouns and words of one level: of another's questions they would be scored on noise."""
+        level = taught.partition(":")[0]
+        for data in (*self.data, self.search.data):
+            if (asked := data.partition(":")[0]) != level:
+                raise UsageError(
+                    f"finetune.data={taught} teaches the heads {level}, but scale {self.name!r} asks about {data}: "
+                    f"give finetune.data={asked}:captions, or in Python a Scale whose data and search.data are {level}"
+                )
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ def plan_for(
     otherwise does not belong into the same table.
 
     Raises:
-        UsageError: no such table or scale; a changed recipe without a new name.
+        UsageError: no such table or scale; a changed recipe without a new name; another connector for all rows.
     """
     if table not in TABLES:
         raise unknown_name("table", table, TABLES)
@@ -121,6 +139,11 @@ def plan_for(
         raise unknown_name("scale", scale, SCALES)
     if overrides and (name is None or name in TABLES):
         raise UsageError(f"a changed recipe makes another table than {name or table}: give it a --name of its own")
+    if any(override.partition("=")[0].strip() == "model.connector" for override in overrides):
+        raise UsageError(
+            "model.connector is what the rows of a table differ in: choose rows with --connectors; options of all "
+            "stacks are model.connector_kwargs.KEY=VALUE"
+        )
     chosen, size = TABLES[table], replace(SCALES[scale], overrides=tuple(overrides))
     if seeds is not None:
         size = replace(size, seeds=seeds)
@@ -150,7 +173,7 @@ def every_selector() -> tuple[Row, ...]:
     """Table 4: every selector's tokens direct in, and as queries; the anchors drawn while training; all tokens."""
     from acformer.selectors import SELECTORS
 
-    pairs = [(connector, selector) for connector in ("acformer", "top_p") for selector in sorted(SELECTORS)]
+    pairs = [(connector, selector) for connector in ("acformer", "top_p") for selector in SELECTORS.names()]
     selected = (Row(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
     drawn = Row("acformer-stochastic", "acformer", {"stochastic_anchors": True})
     return (*selected, drawn, *(Row(name, name) for name in ("e_vit", "mlp")))

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from acformer.build import parse_device, parse_dtype, square_image_processor
 from acformer.connectors import Connector, build_connector
-from acformer.connectors.initialise import initialise
 from acformer.data.collate import stack_features
 from acformer.embedded import cache_dir, resolve
 from acformer.errors import DivergedError, UsageError, unknown_name
@@ -213,7 +212,6 @@ def _new_learner(recipe: Recipe, stage: StageSpec) -> Learner:
     spec, level = recipe.model, LEVELS[stage.data.partition(":")[0]]
     device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=WIDTH)
     connector = build_connector(spec.connector, geometry, **spec.connector_kwargs)
-    initialise(connector)
     dtype = parse_dtype(spec.dtype)
     encoder = load_vision_encoder(resolve(spec.vision), spec.feature_layer, levels=connector.levels, dtype=dtype)
     encoder.to(device)

@@ -13,12 +13,12 @@ from acformer.reproduce.execute import Task
 from acformer.reproduce.figure import draw_figure
 from acformer.reproduce.plans import Plan, chosen_rows
 from acformer.reproduce.records import take_over
-from acformer.reproduce.runs import Cell, Run, Trial, cells_of, job_path, job_record
+from acformer.reproduce.runs import Cell, Job, Run, Timing, Trial, cells_of, job_path, job_record, refuse_idle_overrides
 from acformer.reproduce.schedule import default_jobs, run_tasks
-from acformer.reproduce.tables import Measured, table_text
+from acformer.reproduce.tables import Measured, all_errors, table_text
 from acformer.reproduce.warm_start import warm_start
 
-J = TypeVar("J", Run, Trial)
+J = TypeVar("J", Run, Trial, Timing)
 
 
 def reproduce(
@@ -33,8 +33,9 @@ def reproduce(
 ) -> str:
     """Train and score what is missing of a plan; returns the table.
 
-    Writes `<out>/<table>-<scale>/`: `runs/*.json`, `trials/*.json`, `table.md`, `figure.png`, `figure.svg`. What is
-    there already is kept, an equal run of another table is taken over, an interrupted one goes on.
+    Writes `<out>/<table>-<scale>/`: `runs/*.json`, `trials/*.json`, `steps/*.json`, `table.md`, `figure.png`,
+    `figure.svg`. What is there already is kept, an equal run of another table is taken over, an interrupted one goes
+    on.
 
     Args:
         plan: from `plan_for`, or your own.
@@ -44,7 +45,8 @@ def reproduce(
         progress: show a bar with the time left.
 
     Raises:
-        UsageError: names that do not exist, records of another plan, no accelerator where the scale needs one.
+        UsageError: names that do not exist, records of another plan, an override that changes nothing, no accelerator
+        where the scale needs one. DataError: a record that cannot be read.
         AcFormerError: some runs failed (after all others were made and the table was written).
     """
     chosen = chosen_rows(plan, connectors)
@@ -54,20 +56,25 @@ def reproduce(
     if plan.scale.fetch:
         fetch(plan.scale.fetch, progress=progress)
     cells = cells_of(plan)
+    refuse_idle_overrides(plan, cells)
+    ours = [cell for cell in cells if cell.row in chosen]
     results, language_model = out / plan.folder, warm_start(plan, work, progress=progress)
-    runs = _missing((run for cell in cells if cell.row in chosen for run in cell.runs), results)
+    runs = _missing((run for cell in ours for run in cell.runs), results)
     trials = _missing((trial for run in runs for trial in run.trials), results)
     context = (results, work, language_model, keep_models)
     stages = [Task(trial, *context) for trial in trials], [Task(run, *context) for run in runs]
+    untimed = _missing((Timing(cell.runs[0]) for cell in ours if cell.runs), results)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} runs, {elapsed} gone, {remaining} left {postfix}"
-    total = sum(task.job.cost for tasks in stages for task in tasks)
-    with tqdm(total=total, desc=plan.folder, bar_format=form, disable=not progress) as bar:
+    todo: list[Job] = [*trials, *runs, *untimed]
+    with tqdm(total=sum(job.cost for job in todo), desc=plan.folder, bar_format=form, disable=not progress) as bar:
         try:
             for tasks in stages:  # a run needs all trials of its learning rate
                 run_tasks(tasks, jobs or default_jobs(), bar)
+            trained = {cell.runs[0].trials_name for cell in ours if Measured.of(cell, results).records}
+            run_tasks([Task(timing, *context) for timing in untimed if timing.name in trained], 1, bar)
         finally:
             text = _write(plan, cells, results)
-    _tell_failures([Measured.of(cell, results) for cell in cells if cell.row in chosen], results)
+    _tell_failures([Measured.of(cell, results) for cell in ours], results)
     return text
 
 
@@ -90,6 +97,6 @@ def _write(plan: Plan, cells: list[Cell], results: Path) -> str:
 
 
 def _tell_failures(measured: list[Measured], results: Path) -> None:
-    if failures := [error for cell in measured for error in cell.errors]:
+    if failures := all_errors(measured):
         where = results / "table.md"
         raise AcFormerError(f"{len(failures)} runs failed, the others are in {where}; first: {failures[0]}")

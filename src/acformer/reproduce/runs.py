@@ -17,10 +17,10 @@ from acformer.cls_attention import num_prefix_tokens
 from acformer.connectors import CONNECTORS, Geometry, budget_options, build_connector, connector_options
 from acformer.connectors.stack import StackConnector
 from acformer.embedded import resolve
-from acformer.errors import AcFormerError
+from acformer.errors import AcFormerError, UsageError
 from acformer.recipe import ModelSpec, Recipe, load_recipe
 from acformer.reproduce.plans import Plan, Row, Scale
-from acformer.reproduce.records import made_record
+from acformer.reproduce.records import made_record, read_record
 from acformer.scenes.levels import VERSION
 from acformer.scenes.reader import READER_VERSION
 from acformer.vision import load_tower, patch_grid
@@ -62,6 +62,10 @@ class Run:
         training = {"recipe": asdict(self.recipe), "fraction": self.fraction, "start": self.start}
         return fingerprint({**training, **evaluation, **what_decides(self.recipe)})
 
+    def with_seed(self, seed: int) -> "Run":
+        """The same with another seed."""
+        return replace(self, seed=seed, recipe=replace(self.recipe, seed=seed))
+
     @property
     def trials(self) -> tuple["Trial", ...]:
         """The trials of its learning rate; none where there is no choice."""
@@ -102,11 +106,33 @@ class Trial:
         return fingerprint({**tried, **what_decides(self.run.recipe)})
 
 
-Job = Run | Trial
+@dataclass(frozen=True)
+class Timing:
+    """A few steps with nothing beside them: the time of one, the same for all seeds and shares of a row."""
+
+    run: Run
+
+    folder = "steps"
+    seed = 0
+    cost = 0.02
+
+    @property
+    def name(self) -> str:
+        """`acformer-T33`."""
+        return self.run.trials_name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what a step computes; data of evaluation and search have no part in it."""
+        timed = {"measures": "step", "recipe": asdict(replace(self.run.recipe, seed=0)), "start": self.run.start}
+        return fingerprint({**timed, **what_decides(self.run.recipe)})
+
+
+Job = Run | Trial | Timing
 
 
 def job_path(results: Path, job: Job) -> Path:
-    """Where the record of a run or trial lies in the folder of a table."""
+    """Where the record of a job lies in the folder of a table."""
     return results / job.folder / f"{job.name}.json"
 
 
@@ -124,6 +150,22 @@ class Cell:
     fraction: float
     runs: tuple[Run, ...] = ()
     error: str = ""
+
+
+def records_of(cell: Cell, results: Path) -> list[dict[str, Any]]:
+    """What was measured of a cell in every seed that there is, asked for now or not.
+
+    `UsageError` where another plan made a seed of this one; such a record of a further seed is not of this cell.
+    """
+    found = {run.seed: job_record(results, run) for run in cell.runs}
+    for run in cell.runs[:1]:
+        stem = run.name.removesuffix(str(run.seed))
+        for path in (results / run.folder).glob("*.json"):
+            ending = path.stem.removeprefix(stem)
+            if ending.isdecimal() and int(ending) not in found:
+                further, record = run.with_seed(int(ending)), read_record(path)
+                found[further.seed] = record if record.get("fingerprint") == further.fingerprint else None
+    return [record for _, record in sorted(found.items()) if record]
 
 
 def fingerprint(value: Any) -> str:
@@ -161,9 +203,28 @@ def _cell(plan: Plan, base: Recipe, geometry: Geometry, row: Row, budget: int, f
     except AcFormerError as error:
         return Cell(row, budget, fraction, error=str(error))
     model = replace(base.model, connector=row.connector, connector_kwargs=options)
-    recipe, start, seeds = replace(base, model=model), start_fingerprint(plan), range(plan.scale.seeds)
-    runs = [Run(row.name, num_tokens, n, fraction, replace(recipe, seed=n), plan.scale, start) for n in seeds]
-    return Cell(row, budget, fraction, tuple(runs))
+    run = Run(row.name, num_tokens, 0, fraction, replace(base, model=model), plan.scale, start_fingerprint(plan))
+    return Cell(row, budget, fraction, tuple(run.with_seed(seed) for seed in range(plan.scale.seeds)))
+
+
+def refuse_idle_overrides(plan: Plan, cells: list[Cell]) -> None:
+    """`UsageError` for an override without which all runs are the same: the table would claim what is not so."""
+    given = plan.scale.overrides
+    for number, override in enumerate(given):
+        others = (*given[:number], *given[number + 1 :])
+        try:
+            without = cells_of(replace(plan, scale=replace(plan.scale, overrides=others)))
+        except AcFormerError:  # the others cannot do without it
+            continue
+        if _what_is_made(without) == _what_is_made(cells):
+            raise UsageError(
+                f"{override} changes no run of {plan.name}, and the table would say that it does: leave it out. Seeds, "
+                "folders and numbers of tokens are the plan's (--seeds, --out, --work; budgets of the scale)"
+            )
+
+
+def _what_is_made(cells: list[Cell]) -> list[tuple[str, list[str]]]:
+    return [(cell.error, [run.fingerprint for run in cell.runs]) for cell in cells]
 
 
 def row_options(

@@ -11,30 +11,33 @@ import numpy as np
 
 from acformer.reproduce.plans import Plan
 from acformer.reproduce.records import read_record
-from acformer.reproduce.runs import Cell, job_path, job_record
+from acformer.reproduce.runs import Cell, Job, Timing, job_path, job_record, records_of
 
 AVERAGE = "average"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of a cell: the records of its seeds, and what went wrong."""
+    """What is known of a cell: the records of its seeds, that of its row's timing, and what went wrong."""
 
     name: str
     budget: int
     fraction: float
     records: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    timing: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, cell: Cell, results: Path) -> "Measured":
         """Read the records of a cell in the folder of its table."""
-        found = [job_record(results, run) for run in cell.runs]
-        failed = [(run.name, read_record(job_path(results, run)).get("error")) for run in cell.runs]
-        errors = [f"{name}: {error}" for name, error in failed if error]
+        timings = [Timing(run) for run in cell.runs[:1]]
+        jobs: list[Job] = [*cell.runs, *timings]
+        failed = [(job, read_record(job_path(results, job)).get("error")) for job in jobs]
+        errors = [f"{job.folder}/{job.name}: {error}" for job, error in failed if error]
         if cell.error:
             errors.append(f"{cell.row.name} at T = {cell.budget}: {cell.error}")
-        return cls(cell.row.name, cell.budget, cell.fraction, [record for record in found if record], errors)
+        timing = job_record(results, timings[0]) if timings else None
+        return cls(cell.row.name, cell.budget, cell.fraction, records_of(cell, results), errors, timing)
 
     def values(self, data: str, family: str = AVERAGE) -> list[float]:
         """The score of a family of questions in every seed; by default the average of all families."""
@@ -43,6 +46,10 @@ class Measured:
     def median(self, key: str) -> float:
         """Of a number that the records hold."""
         return median(record[key] for record in self.records)
+
+    def step(self) -> float:
+        """Seconds of a training step; nan if it was not timed."""
+        return self.timing["step_seconds"] if self.timing else math.nan
 
     def learned(self, data: str) -> bool:
         """Whether the average is above the blind one by more than its interval (of one seed: that over pictures)."""
@@ -102,10 +109,11 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and "
         f"steps for every row; the connector's learning rate is the best of {len(scale.search.factors)} tried by every "
         f"row for {scale.search.fraction:g} of the steps. Scores in percent, mean and 95 % interval over seeds "
-        "(Student's t, where there are several); *average* is the mean of the families, *blind* the most frequent "
-        "answers without a look at the picture. *step* is the median time of a training step, beside the other runs, "
-        "on the machine below; *rate* is the factor of the recipe's learning rate that was best, with < or > where it "
-        "is the lowest or highest tried and a better one may lie beyond.",
+        "(Student's t, where there are several); *average* is the mean of the families, *blind* what is "
+        "scored without a look at the picture, in each family the better of the most frequent answers and, where heads "
+        "read, of heads that see nothing. *step* is the median time of a training step, taken alone, "
+        "one row after the other; *rate* is the factor of the recipe's learning rate that was best, with < or > where "
+        "it is the lowest or highest tried and a better one may lie beyond.",
         scale.note,
     ]
     for data in scale.data:
@@ -116,7 +124,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         for fraction in plan.fractions:
             chosen = [cell for cell in cells if cell.fraction == fraction]
             parts += [f"### {fraction:g} of the samples, T = {scale.scaling_budget}", _table(chosen, data)]
-    if errors := [error for cell in cells for error in cell.errors]:
+    if errors := all_errors(cells):
         parts += ["## Failed", "\n".join(f"- {error}" for error in errors)]
     return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
 
@@ -142,7 +150,7 @@ def _line(cell: Measured, data: str, columns: Sequence[str]) -> list[str]:
     scores = [percent(cell.values(data, column)) for column in columns]
     if not cell.learned(data):
         scores = [f"did not learn ({scores[0]})", *[""] * (len(columns) - 1)]
-    weights, step = cell.median("num_parameters") / 1e6, cell.median("step_seconds")
+    weights, step = cell.median("num_parameters") / 1e6, cell.step()
     tokens = f"{cell.median('num_tokens'):.0f}"
     rates = sorted({_rate(record) for record in cell.records})
     return [
@@ -151,7 +159,7 @@ def _line(cell: Measured, data: str, columns: Sequence[str]) -> list[str]:
         *scores,
         *[", ".join(rates)],
         f"{weights:.1f} M",
-        f"{step:.3g} s",
+        "" if math.isnan(step) else f"{step:.3g} s",
         str(len(cell.records)),
     ]
 
@@ -174,8 +182,18 @@ def _verdict(cells: Sequence[Measured], data: str) -> str:
     return f"`mlp` over all tokens: {percent(every[0].values(data))} (aim 85); blind: {blind:.1f} (aim under 40)."
 
 
+def all_errors(cells: Sequence[Measured]) -> list[str]:
+    """What went wrong, each once: cells of one row share its timing."""
+    return list(dict.fromkeys(error for cell in cells for error in cell.errors))
+
+
 def _machines(cells: Sequence[Measured]) -> str:
     """Where and with what the records were made."""
+    scores = _made_on([record for cell in cells for record in cell.records])
+    steps = _made_on([cell.timing for cell in cells if cell.timing])
+    return "\n\n".join(f"{what} on: {where}." for what, where in (("Measured", scores), ("Timed", steps)) if where)
+
+
+def _made_on(records: Sequence[dict[str, Any]]) -> str:
     keys = ("device", "machine", "torch", "transformers", "commit")
-    found = {", ".join(f"{key} {record[key]}" for key in keys) for cell in cells for record in cell.records}
-    return "Measured on: " + "; ".join(sorted(found)) + "." if found else ""
+    return "; ".join(sorted({", ".join(f"{key} {record[key]}" for key in keys) for record in records}))

@@ -48,6 +48,11 @@ def shortened(recipe: Recipe, fraction: float) -> Recipe:
     return _stages_changed(recipe, shorter)
 
 
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """So many steps in every stage."""
+    return _stages_changed(recipe, lambda spec: replace(spec, training={**spec.training, "max_steps": steps}))
+
+
 def _stages_changed(recipe: Recipe, change: Callable[[StageSpec], StageSpec]) -> Recipe:
     pretrain, finetune = (spec and change(spec) for spec in (recipe.pretrain, recipe.finetune))
     return replace(recipe, pretrain=pretrain, finetune=finetune)
