@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
@@ -90,21 +90,18 @@ class AcFormerProcessor(ProcessorMixin):
         transformers counts all rows together, and up to 5.19 not at all.
         """
         tags = [prompt.count(self.image_token) for prompt in text or []]
-        if tags and _is_nested(images):
-            self._check_rows(tags, [len(row) for row in images])
-        super().validate_inputs(images=images, text=text, **kwargs)
-        count = 0 if images is None else len(make_flat_list_of_images(images))
-        if text is not None and sum(tags) != count:
-            raise ValueError(f"the prompts hold {sum(tags)} {self.image_token} tags, but there are {count} images")
-
-    def _check_rows(self, tags: Sequence[int], counts: Sequence[int]) -> None:
-        if len(tags) != len(counts):
-            raise ValueError(f"{len(counts)} lists of images for {len(tags)} prompts: give each prompt its own list")
-        for row, (wanted, given) in enumerate(zip(tags, counts, strict=True)):
+        rows = [len(row) for row in images] if tags and _is_nested(images) else tags
+        for row, (wanted, given) in enumerate(zip(tags, rows, strict=True)) if len(tags) == len(rows) else ():
             if wanted != given:
                 raise ValueError(
                     f"row {row}: its prompt holds {wanted} {self.image_token} tags, its images are {given}"
                 )
+        super().validate_inputs(images=images, text=text, **kwargs)
+        count = 0 if images is None else len(make_flat_list_of_images(images))
+        if text is not None and sum(tags) != count:
+            raise ValueError(f"the prompts hold {sum(tags)} {self.image_token} tags, but there are {count} images")
+        if len(rows) != len(tags):
+            raise ValueError(f"{len(rows)} lists of images for {len(tags)} prompts: give each prompt its own list")
 
     def _begin_with_bos(self, text: Any) -> bool:
         bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text
