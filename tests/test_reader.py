@@ -10,15 +10,17 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from transformers import CLIPVisionModel
+from transformers import CONFIG_MAPPING, CLIPVisionModel
 
+from acformer.checkpoints import load_model
 from acformer.embedded import cache_dir
 from acformer.errors import DivergedError, UsageError
 from acformer.evaluate import report
 from acformer.evaluate.report import as_reply, score_replies
 from acformer.recipe import READER, ModelSpec, Recipe, StageSpec
-from acformer.reproduce import execute, reading
+from acformer.reproduce import execute, heads_first, reading
 from acformer.reproduce.execute import Task
+from acformer.reproduce.heads_first import text_width
 from acformer.reproduce.plans import SCALES, Plan, Row, Scale, Search, plan_for
 from acformer.reproduce.reading import (
     Learner,
@@ -31,6 +33,7 @@ from acformer.reproduce.reading import (
 )
 from acformer.reproduce.run_plan import reproduce
 from acformer.reproduce.runs import Timing, cells_of, job_path, job_record
+from acformer.reproduce.variants import with_factor
 from acformer.scenes import dataset
 from acformer.scenes.answers import SceneAnswers, split
 from acformer.scenes.dataset import undrawn_samples
@@ -508,7 +511,7 @@ def test_questions_are_of_the_level_that_is_taught(changes, override, tmp_path, 
 
 
 def test_a_trial_that_diverges_has_no_loss_wherever_it_shows(task, monkeypatch):
-    def diverge(recipe):
+    def diverge(recipe, width):
         raise DivergedError("loss is nan at step 2")
 
     with monkeypatch.context() as patch:
@@ -529,6 +532,96 @@ def test_a_failed_trial_fails_the_run(task):
     assert "the trial perceiver-T5-x3 failed, so no learning rate is chosen: out of memory" in text
     task("first").fail("too late")
     assert "error" not in record_of(task("first")), "what was made stays"
+
+
+# Before a language model
+
+
+@pytest.fixture
+def after(mini, stand_ins, tmp_path):
+    """(name) -> task of the first seed, a trial or the step of a small language model after `mini`'s heads."""
+    (stand_ins / "mini.yaml").write_text(mini.to_yaml())
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    training = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_pin_memory": False}
+    talk = Recipe(
+        "talk",
+        replace(mini.model, text=text, template="bare"),
+        finetune=StageSpec(f"{SMALL.name}:dialogues", {"language_model": 0.01}, training, max_samples=10),
+    )
+    (stand_ins / "talk.yaml").write_text(talk.to_yaml())
+    data = SMALL.name
+    search = Search(f"{data}:validation", factors=(1.0, 3.0), fraction=0.5, limit=5)
+    scale = Scale("talk", str(stand_ins / "talk.yaml"), (5,), (f"{data}:test",), search, limit=6)
+
+    def task(name, heads="mini.yaml"):
+        taught = replace(scale, heads=heads and str(stand_ins / heads))
+        (cell,) = cells_of(Plan("table0", "Does it read?", taught, (Row("acformer", "acformer"),)))
+        run = cell.runs[1]
+        jobs = {"run": run, "first": run.trials[0], "second": run.trials[1], "steps": Timing(run)}
+        return Task(jobs[name], tmp_path / "results", tmp_path / "work", keep_models=True)
+
+    return task
+
+
+def test_the_learning_rate_is_looked_for_with_the_heads(after, mini):
+    """At the width of the language model that shall read the tokens."""
+    first, second = record_of(after("first")), record_of(after("second"))
+    half = with_training(
+        replace(mini, model=replace(after("run").job.recipe.model, text=READER), seed=1000), max_steps=3
+    )
+    assert first["loss"] == reader_loss(train_reader(half, 32).learner, "validation", 5)
+    assert first["loss"] != second["loss"]
+
+
+def test_the_language_model_reads_what_the_heads_have_taught(after, mini):
+    """Here it alone learns, so the connector stays as the heads left it: by the chosen rate, the run's own seed."""
+    for name in ("first", "second"):
+        record_of(after(name))
+    record = record_of(after("run"))
+    heads = replace(mini, model=replace(after("run").job.recipe.model, text=READER), seed=1)
+    taught = train_reader(with_factor(heads, record["factor"]), 32).learner.connector.state_dict()
+    model, _ = load_model(record["recipe"]["output_dir"])
+    found = model.model.connector.state_dict()
+    assert set(found) == set(taught)
+    assert all(torch.equal(found[name], value) for name, value in taught.items())
+    assert record["recipe"]["finetune"]["learning_rates"] == {"language_model": 0.01}, "the factor is the heads'"
+    assert record["scores"][f"{SMALL.name}:test"]["num_questions"] == 6
+
+
+def test_heads_teach_once(after, monkeypatch):
+    """A killed run goes on from what they left."""
+    for name in ("first", "second"):
+        record_of(after(name))
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "train", lambda *_, **__: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            after("run")()
+    monkeypatch.setattr(heads_first, "train_reader", lambda *_: pytest.fail("taught again"))
+    record_of(after("run"))
+
+
+def test_what_teaches_decides(after):
+    prints = {after(name, heads).job.fingerprint for name in ("run", "first") for heads in ("mini.yaml", None)}
+    assert len(prints) == 4
+    with pytest.raises(UsageError, match=r"cannot read recipe .*gone.yaml"):
+        after("run", "gone.yaml")
+
+
+def test_the_step_is_the_language_models(after):
+    assert record_of(after("steps"))["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "text", [{"hidden_size": 48, "num_attention_heads": 4}, {"model_type": "gpt2", "n_embd": 48, "n_head": 4}]
+)
+def test_the_width_of_a_language_model(text, tmp_path):
+    assert text_width(ModelSpec("-", text)) == 48
+    made = CONFIG_MAPPING[text.pop("model_type", "llama")](**text)
+    made.save_pretrained(tmp_path)
+    assert text_width(ModelSpec("-", str(tmp_path))) == 48
+
+
+# Blind
 
 
 def test_heads_that_see_nothing_guess_better_than_frequent_answers():

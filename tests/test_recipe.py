@@ -15,6 +15,7 @@ def test_what_ships():
         "llava15-7b-acformer145",
         "llava15-7b-mlp577",
         "scenes-cpu",
+        "scenes-cpu-lm",
         "scenes-gpu",
         "smol",
         "tiny",

@@ -628,7 +628,7 @@ def test_tables_come_from_the_registries():
 def test_every_row_can_be_built_at_every_budget(table, scale):
     """DINOv2-S/14 at 168 and at 336 pixels, as the scales' recipes have it."""
     model = ModelSpec("vision", "text", connector_kwargs={"num_anchors": 16, "depth": 2})
-    side = {"cpu": 12, "gpu": 24}[scale.name]
+    side = 24 if scale.name == "gpu" else 12
     geometry = Geometry(384, 64, (side, side), 1)
     for budget in scale.budgets:
         for row in TABLES[table].rows():

@@ -273,7 +273,7 @@ def drawn(tmp_path, monkeypatch):
 
 
 def test_samples_of_every_part(drawn):
-    for part in (*SPLITS, "captions", "dialogues", "text"):
+    for part in (*SPLITS, "captions", "dialogues", "talks", "text"):
         samples = load_samples(f"{SMALL.name}:{part}", limit=30)
         assert len(samples) == len({sample.id for sample in samples}) == 30
         for sample in samples:
@@ -286,6 +286,18 @@ def test_samples_of_every_part(drawn):
     captions, dialogues = (load_samples(f"{SMALL.name}:{part}", limit=1) for part in ("captions", "dialogues"))
     assert captions[0].answer == caption(make_scene(SMALL, "train", 0))
     assert len(dialogues[0].messages) == 2 * len(ask(make_scene(SMALL, "train", 0), thorough=False))
+    described, asked = load_samples(f"{SMALL.name}:talks", limit=2)
+    assert (described.answer, described.record) == (captions[0].answer, asked.record)
+    assert described.messages[0]["content"][1]["text"] == "describe the picture."
+    turns = [
+        [
+            (user["content"][-1]["text"], said["content"])
+            for user, said in zip(messages[::2], messages[1::2], strict=True)
+        ]
+        for messages in (dialogues[0].messages, asked.messages)
+    ]
+    assert turns[0] != turns[1]
+    assert sorted(turns[0]) == sorted(turns[1])
     chosen = [sample.id for sample in load_samples(f"{SMALL.name}:test", limit=200) if sample.kind == "choose"]
     circles = Counter(key.rpartition("/")[0] for key in chosen)
     assert set(list(circles.values())[:-1]) == {4}

@@ -31,8 +31,9 @@ from acformer.evaluate.generate import to_device
 from acformer.evaluate.report import evaluate, evaluation_samples
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.recipe import READER, Recipe, StageSpec
+from acformer.reproduce.heads_first import after_heads, heads_recipe, text_width
 from acformer.reproduce.plans import Scale
-from acformer.reproduce.reading import num_parameters, reader_loss, reader_scores, train_reader
+from acformer.reproduce.reading import WIDTH, num_parameters, reader_loss, reader_scores, train_reader
 from acformer.reproduce.records import read_record, write_record
 from acformer.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
 from acformer.reproduce.variants import shortened, with_factor, with_fraction, with_steps
@@ -103,20 +104,22 @@ def _refuse_unknown(job: Job) -> None:
 
 def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
     """The loss on held-out data that the factor comes to; none where training diverged."""
-    search = trial.run.scale.search
-    recipe = replace(task.recipe(trial.run, folder), seed=trial.seed)
-    recipe = shortened(with_factor(recipe, trial.factor), search.fraction)
+    search, recipe, width = trial.run.scale.search, task.recipe(trial.run, folder), WIDTH
+    if trial.run.scale.heads:
+        width = text_width(recipe.model)
+        recipe = heads_recipe(trial.run)
+    recipe = shortened(with_factor(replace(recipe, seed=trial.seed), trial.factor), search.fraction)
     try:
-        loss = trial_loss(recipe, search.data, search.limit)
+        loss = trial_loss(recipe, search.data, search.limit, width)
     except DivergedError:
         loss = math.nan
     return {"factor": trial.factor, "loss": loss if math.isfinite(loss) else None}
 
 
-def trial_loss(recipe: Recipe, data: str, limit: int) -> float:
-    """The loss on held-out data of what the recipe trains."""
+def trial_loss(recipe: Recipe, data: str, limit: int, width: int = WIDTH) -> float:
+    """The loss on held-out data of what the recipe trains; `width`: of the tokens, where heads read them."""
     if recipe.model.text == READER:
-        return reader_loss(train_reader(recipe).learner, data.partition(":")[2], limit)
+        return reader_loss(train_reader(recipe, width).learner, data.partition(":")[2], limit)
     parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
     return answer_loss(parts, recipe, evaluation_samples(data, limit))
 
@@ -142,7 +145,8 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
     """Trained with the learning rate that its trials chose, evaluated on all data, timed."""
     started = time.monotonic()
     factor, losses = best_factor(run, task.results)
-    recipe = with_factor(with_fraction(task.recipe(run, folder), run.fraction), factor)
+    recipe = with_fraction(task.recipe(run, folder), run.fraction)
+    recipe = after_heads(recipe, run, factor) if run.scale.heads else with_factor(recipe, factor)
     measure = reader_figures if recipe.model.text == READER else model_figures
     return {
         "connector": recipe.model.connector,

@@ -46,7 +46,8 @@ class Scale:
     it, `key=value` as in `acformer train`. budgets: T, visual tokens. data: what is evaluated, the first `limit`
     questions. sizes: options of single connectors where their defaults are not of this size (a recipe's own
     `connector_kwargs` are taken by all stacks). warm_start: a recipe that is run once, whose language model every row
-    starts from. fetch: embedded names that must be there.
+    starts from. heads: a recipe with heads, by which every run's connector is taught first; the learning rate is then
+    looked for there. fetch: embedded names that must be there.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Scale:
     scaling_budget: int = 33
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     warm_start: str | None = None
+    heads: str | None = None
     fetch: tuple[str, ...] = ()
     needs_accelerator: bool = False
     note: str = ""
@@ -197,6 +199,12 @@ TABLES = {
 }
 # DINOv2-S/14 has 12 blocks: a half, two thirds, and the last two below the feature layer, as of CLIP-L's 24.
 DINOV2_S = {"token_packer": {"levels": [6, 8, 10, 11]}}
+ON_TWO_CORES: dict[str, dict[str, Any]] = {
+    "c_abstractor": {"depth": 1},
+    "d_abstractor": {"depth": 1, "num_heads": 4, "ff_mult": 2},
+    "q_former": {"depth": 2, "hidden_size": 256, "num_heads": 4, "ff_mult": 2},
+    "token_packer": {"levels": [], "num_heads": 4},  # the feature layer alone, encoded already
+}
 SCALES = {
     scale.name: scale
     for scale in (
@@ -207,18 +215,28 @@ SCALES = {
             data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
             search=Search("openmoji-scenes-small:validation", fraction=0.2),
             scaling_budget=37,
-            sizes={
-                "c_abstractor": {"depth": 1},
-                "d_abstractor": {"depth": 1, "num_heads": 4, "ff_mult": 2},
-                "q_former": {"depth": 2, "hidden_size": 256, "num_heads": 4, "ff_mult": 2},
-                "token_packer": {"levels": [], "num_heads": 4},  # the feature layer alone, encoded already
-            },
+            sizes=ON_TWO_CORES,
             fetch=("dinov2-s14", "openmoji", "photographs"),
             note="No language model: small heads read the tokens, and rules turn what they say into answers "
             "(`docs/reproduce.md`). This shows what the tokens still know, not how a model would answer. Heads do not "
             "mix tokens, which favours connectors that do; `mlp` over all tokens is no ceiling. Stacks, abstractors "
             "and the Q-Former have one or two layers in place of six or more, `token_packer` the feature layer alone. "
             "A printed number counts as wrong: heads name words only.",
+        ),
+        Scale(
+            "cpu-lm",
+            recipe="scenes-cpu-lm",
+            budgets=(37,),
+            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
+            search=Search("openmoji-scenes-small:validation", fraction=0.2),
+            scaling_budget=37,
+            sizes=ON_TWO_CORES,
+            heads="scenes-cpu",
+            fetch=("dinov2-s14", "openmoji", "photographs"),
+            note="A language model of 1 M parameters answers. Every row's connector was first taught by small heads, "
+            "for the same number of steps, since the language model alone does not find out in what two cores allow "
+            "that image tokens tell it anything (`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one "
+            "or two layers in place of six or more, `token_packer` the feature layer alone.",
         ),
         Scale(
             "gpu",

@@ -91,8 +91,8 @@ class Trained(NamedTuple):
         return [round(float(stretch.mean()), 3) for stretch in torch.tensor(self.losses).chunk(points)]
 
 
-def train_reader(recipe: Recipe) -> Trained:
-    """A learner trained as the recipe says.
+def train_reader(recipe: Recipe, width: int = WIDTH) -> Trained:
+    """A learner trained as the recipe says; `width`: E, of the tokens that the heads read.
 
     Raises:
         UsageError: a recipe that heads cannot be trained by.
@@ -100,7 +100,7 @@ def train_reader(recipe: Recipe) -> Trained:
     """
     spec = _only_stage(recipe)
     torch.manual_seed(recipe.seed)
-    learner = _new_learner(recipe, spec)
+    learner = _new_learner(recipe, spec, width)
     level = learner.level
     count = min(spec.max_samples or level.scenes[0], level.scenes[0])
     learner.see("train", list(range(count)))
@@ -208,9 +208,9 @@ def _only_stage(recipe: Recipe) -> StageSpec:
     return spec
 
 
-def _new_learner(recipe: Recipe, stage: StageSpec) -> Learner:
+def _new_learner(recipe: Recipe, stage: StageSpec, width: int) -> Learner:
     spec, level = recipe.model, LEVELS[stage.data.partition(":")[0]]
-    device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=WIDTH)
+    device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=width)
     connector = build_connector(spec.connector, geometry, **spec.connector_kwargs)
     dtype = parse_dtype(spec.dtype)
     encoder = load_vision_encoder(resolve(spec.vision), spec.feature_layer, levels=connector.levels, dtype=dtype)
@@ -223,7 +223,7 @@ def _new_learner(recipe: Recipe, stage: StageSpec) -> Learner:
     processor = square_image_processor(resolve(spec.vision), spec.image_size or config.image_size)
     folder = cache_dir() / "features"
     cache = FeatureCache(folder, encode, encoder.tower, processor, levels=connector.levels, input_grid=grid)
-    reader = SceneReader(level, connector.num_tokens, WIDTH)
+    reader = SceneReader(level, connector.num_tokens, width)
     bf16 = bool(stage.training.get("bf16", False))
     return Learner(level, connector.to(device), reader.to(device), cache, device, bf16)
 

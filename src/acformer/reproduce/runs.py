@@ -180,10 +180,10 @@ def what_decides(recipe: Recipe) -> dict[str, Any]:
 
 
 def start_fingerprint(plan: Plan) -> str:
-    """Of the recipe of the warm start; empty without one."""
-    if plan.scale.warm_start is None:
-        return ""
-    return fingerprint(asdict(replace(load_recipe(plan.scale.warm_start), output_dir="", resume=True)))
+    """Of the recipes of what runs start from; empty where that is nothing."""
+    parts = {"heads": plan.scale.heads, "warm_start": plan.scale.warm_start}
+    recipes = {part: load_recipe(name) for part, name in parts.items() if name is not None}
+    return "-".join(fingerprint(asdict(replace(recipe, output_dir="", resume=True))) for recipe in recipes.values())
 
 
 def cells_of(plan: Plan) -> list[Cell]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from acformer.reproduce.plans import Plan
+from acformer.reproduce.plans import Plan, Scale
 from acformer.reproduce.records import read_record
 from acformer.reproduce.runs import Cell, Job, Timing, job_path, job_record, records_of
 
@@ -106,12 +106,12 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     parts = [
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
-        f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and "
+        f"Made by `{plan.command}`: recipe `{scale.recipe}`{_after(scale)}, the same samples and "
         f"steps for every row; the connector's learning rate is the best of {len(scale.search.factors)} tried by every "
-        f"row for {scale.search.fraction:g} of the steps. Scores in percent, mean and 95 % interval over seeds "
-        "(Student's t, where there are several); *average* is the mean of the families, *blind* what is "
-        "scored without a look at the picture, in each family the better of the most frequent answers and, where heads "
-        "read, of heads that see nothing. *step* is the median time of a training step, taken alone, "
+        f"row for {scale.search.fraction:g} of {'their' if scale.heads else 'the'} steps. Scores in percent, mean and "
+        "95 % interval over seeds (Student's t, where there are several); *average* is the mean of the families, "
+        "*blind* what is scored without a look at the picture, in each family the better of the most frequent answers "
+        "and, where heads read, of heads that see nothing. *step* is the median time of a training step, taken alone, "
         "one row after the other; *rate* is the factor of the recipe's learning rate that was best, with < or > where "
         "it is the lowest or highest tried and a better one may lie beyond.",
         scale.note,
@@ -127,6 +127,10 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     if errors := all_errors(cells):
         parts += ["## Failed", "\n".join(f"- {error}" for error in errors)]
     return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
+
+
+def _after(scale: Scale) -> str:
+    return f", after the heads of `{scale.heads}` have taught the connector" if scale.heads else ""
 
 
 def _table(cells: Sequence[Measured], data: str) -> str:

@@ -1,7 +1,8 @@
 """Scenes as samples: `openmoji-scenes[-small]:PART`, with every picture drawn when it is first wanted.
 
-Parts: `train`, `validation`, `test`, `novel` (questions); `captions` (stage 1), `dialogues` (all questions of a scene
-in one conversation) and `text` (the captions in place of the pictures) over the scenes of `train`.
+Parts: `train`, `validation`, `test`, `novel` (questions); over the scenes of `train` `captions` (stage 1), `dialogues`
+(all questions of a scene in one conversation), `talks` (the caption on request, and the questions as a dialogue in a
+shuffled order: two samples a scene) and `text` (the captions in place of the pictures).
 Pictures lie in `<cache>/<level>-<VERSION>/<split>/NNNNNN.png`; a picture that is there is whole.
 """
 
@@ -9,6 +10,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from tqdm import tqdm
@@ -24,7 +26,8 @@ from acformer.scenes.levels import LEVELS, SPLITS, VERSION, Level
 from acformer.scenes.questions import ask
 
 IMAGE = {"type": "image"}
-PARTS = (*SPLITS, "captions", "dialogues", "text")
+REQUEST = "describe the picture."
+PARTS = (*SPLITS, "captions", "dialogues", "talks", "text")
 
 
 def scene_samples(name: str, part: str, limit: int | None = None, *, progress: bool = True) -> list[Sample]:
@@ -77,12 +80,21 @@ def _samples(scene: Scene, path: Path, part: str, number: int) -> Iterator[Sampl
     match part:
         case "captions":
             yield _talk(scene, path, f"{part}-{number}", [("", caption(scene))], number)
+        case "talks":
+            yield _talk(scene, path, f"{part}-{number}/0", [(REQUEST, caption(scene))], number)
+            pairs = _pairs(scene)
+            Random(f"{scene.key}/talks").shuffle(pairs)
+            yield _talk(scene, path, f"{part}-{number}/1", pairs, number)
         case "dialogues" | "text":
-            pairs = [(question.text, question.answer) for question in ask(scene, thorough=False)]
+            pairs = _pairs(scene)
             seen = None if part == "text" else path
             yield _talk(scene, seen, f"{part}-{number}", pairs, number)
         case _:
             yield from _questions(scene, path, part, number)
+
+
+def _pairs(scene: Scene) -> list[tuple[str, str]]:
+    return [(question.text, question.answer) for question in ask(scene, thorough=False)]
 
 
 def _questions(scene: Scene, path: Path, part: str, number: int) -> Iterator[Sample]:
