@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from random import Random
 
 import pytest
@@ -30,9 +31,11 @@ from acformer.reproduce.reading import (
     reader_replies,
     reader_scores,
     train_reader,
+    with_prior,
 )
 from acformer.reproduce.run_plan import reproduce
 from acformer.reproduce.runs import Timing, cells_of, job_path, job_record
+from acformer.reproduce.tables import table_text
 from acformer.reproduce.variants import with_factor
 from acformer.scenes import dataset
 from acformer.scenes.answers import SceneAnswers, split
@@ -536,68 +539,106 @@ def test_a_failed_trial_fails_the_run(task):
 
 # Before a language model
 
+STILL = 1e-30
+
 
 @pytest.fixture
 def after(mini, stand_ins, tmp_path):
-    """(name) -> task of the first seed, a trial or the step of a small language model after `mini`'s heads."""
+    """(name) -> task of the second seed, a trial or the step of a language model that reads after `mini`'s heads.
+
+    Its own stage leaves the connector where the heads put it.
+    """
     (stand_ins / "mini.yaml").write_text(mini.to_yaml())
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     training = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_pin_memory": False}
+    rates = {"connector": STILL, "language_model": 0.01}
     talk = Recipe(
         "talk",
         replace(mini.model, text=text, template="bare"),
-        finetune=StageSpec(f"{SMALL.name}:dialogues", {"language_model": 0.01}, training, max_samples=10),
+        finetune=StageSpec(f"{SMALL.name}:dialogues", rates, training, max_samples=10),
     )
     (stand_ins / "talk.yaml").write_text(talk.to_yaml())
     data = SMALL.name
-    search = Search(f"{data}:validation", factors=(1.0, 3.0), fraction=0.5, limit=5)
+    search = Search(f"{data}:validation", factors=(3.0, 10.0), fraction=0.5, limit=5)
     scale = Scale("talk", str(stand_ins / "talk.yaml"), (5,), (f"{data}:test",), search, limit=6)
 
-    def task(name, heads="mini.yaml"):
+    def task(name, heads="mini.yaml", fraction=1.0, keep_models=True):
         taught = replace(scale, heads=heads and str(stand_ins / heads))
         (cell,) = cells_of(Plan("table0", "Does it read?", taught, (Row("acformer", "acformer"),)))
-        run = cell.runs[1]
+        run = replace(cell.runs[1], fraction=fraction)
         jobs = {"run": run, "first": run.trials[0], "second": run.trials[1], "steps": Timing(run)}
-        return Task(jobs[name], tmp_path / "results", tmp_path / "work", keep_models=True)
+        return Task(jobs[name], tmp_path / "results", tmp_path / "work", keep_models)
 
     return task
 
 
+def try_both(after):
+    return [record_of(after(name)) for name in ("first", "second")]
+
+
 def test_the_learning_rate_is_looked_for_with_the_heads(after, mini):
     """At the width of the language model that shall read the tokens."""
-    first, second = record_of(after("first")), record_of(after("second"))
-    half = with_training(
-        replace(mini, model=replace(after("run").job.recipe.model, text=READER), seed=1000), max_steps=3
-    )
-    assert first["loss"] == reader_loss(train_reader(half, 32).learner, "validation", 5)
+    first, second = try_both(after)
+    model = replace(after("run").job.recipe.model, text=READER)
+    half = with_training(replace(mini, model=model, seed=1000), max_steps=3)
+    assert first["loss"] == reader_loss(train_reader(with_factor(half, 3.0), 32).learner, "validation", 5)
     assert first["loss"] != second["loss"]
 
 
 def test_the_language_model_reads_what_the_heads_have_taught(after, mini):
-    """Here it alone learns, so the connector stays as the heads left it: by the chosen rate, the run's own seed."""
-    for name in ("first", "second"):
-        record_of(after(name))
+    """By the chosen rate and the run's own seed; its own rates are as the recipe has them."""
+    try_both(after)
     record = record_of(after("run"))
-    heads = replace(mini, model=replace(after("run").job.recipe.model, text=READER), seed=1)
-    taught = train_reader(with_factor(heads, record["factor"]), 32).learner.connector.state_dict()
-    model, _ = load_model(record["recipe"]["output_dir"])
-    found = model.model.connector.state_dict()
+    model = replace(after("run").job.recipe.model, text=READER)
+    heads = with_factor(replace(mini, model=model, seed=1), record["factor"])
+    taught = train_reader(heads, 32).learner.connector.state_dict()
+    found = load_model(record["recipe"]["output_dir"])[0].model.connector.state_dict()
     assert set(found) == set(taught)
-    assert all(torch.equal(found[name], value) for name, value in taught.items())
-    assert record["recipe"]["finetune"]["learning_rates"] == {"language_model": 0.01}, "the factor is the heads'"
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-20) for name, value in taught.items())
+    assert record["recipe"]["finetune"]["learning_rates"] == {"connector": STILL, "language_model": 0.01}
+    assert record["heads"]["finetune"]["learning_rates"]["connector"] == 0.01 * record["factor"]
+    assert record["heads"]["model"]["connector_kwargs"] == model.connector_kwargs
     assert record["scores"][f"{SMALL.name}:test"]["num_questions"] == 6
 
 
+def test_blind_is_the_same_guess_for_a_language_model(after):
+    data = f"{SMALL.name}:test"
+    try_both(after)
+    families = record_of(after("run"))["scores"][data]["families"]
+    replies = [as_reply(sample) for sample in islice(undrawn_samples(SMALL.name, "test"), 6)]
+    prior = score_replies(data, prior_replies(SMALL, data, replies))["families"]
+    assert set(families) == set(prior)
+    assert all(family["blind"] >= prior[name]["score"] for name, family in families.items())
+    assert families["exist"]["blind"] == pytest.approx(2 / 3)
+    elsewhere = {"families": {"shape": {"blind": 0.1}}}
+    assert with_prior(elsewhere, "easy-vqa", []) is elsewhere
+
+
 def test_heads_teach_once(after, monkeypatch):
-    """A killed run goes on from what they left."""
-    for name in ("first", "second"):
-        record_of(after(name))
+    """A killed run goes on from what they left, unless another rate is chosen by then."""
+    try_both(after)
     with monkeypatch.context() as patch:
         patch.setattr(execute, "train", lambda *_, **__: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             after("run")()
     monkeypatch.setattr(heads_first, "train_reader", lambda *_: pytest.fail("taught again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(execute, "best_factor", lambda *_: (5.0, {}))
+        with pytest.raises(pytest.fail.Exception, match="taught again"):
+            after("run")()
     record_of(after("run"))
+
+
+def test_a_share_of_the_samples_is_one_of_the_heads_too(after):
+    try_both(after)
+    record = record_of(after("run", fraction=0.5))
+    assert [record[key]["finetune"]["max_samples"] for key in ("heads", "recipe")] == [5, 5]
+
+
+def test_no_model_is_left(after):
+    try_both(after)
+    record_of(after("run", keep_models=False))
+    assert not list(after("run").work.rglob("*.safetensors"))
 
 
 def test_what_teaches_decides(after):
@@ -607,8 +648,41 @@ def test_what_teaches_decides(after):
         after("run", "gone.yaml")
 
 
+def test_what_comes_after_the_heads_does_not_change_their_trials(after):
+    run, trial = after("run").job, after("first").job
+    changed = replace(run, recipe=replace(run.recipe, finetune=replace(run.recipe.finetune, max_samples=9)))
+    assert changed.fingerprint != run.fingerprint
+    assert replace(trial, run=changed).fingerprint == trial.fingerprint
+
+
 def test_the_step_is_the_language_models(after):
     assert record_of(after("steps"))["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, ("from_model=runs/tiny",), "from_model=runs/tiny: what a table compares is trained from nothing"),
+        ({}, ("model.text=scene-reader",), "model.text is scene-reader in heads=scenes-cpu and in no other recipe"),
+        ({"heads": "scenes-gpu"}, (), "model.text is scene-reader in heads=scenes-gpu"),
+        ({"search": Search(f"{FULL.name}:validation")}, (), f"teaches the heads {SMALL.name}, but .* {FULL.name}"),
+        ({}, ("model.text.hiden_size=64",), r"unknown recipe key 'model.text.hiden_size'; did you mean"),
+        ({}, ("finetune.training.max_step=64",), r"max_step"),
+    ],
+)
+def test_what_cannot_work_after_heads_is_told_first(changes, overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("acformer.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
+    plan = plan_for("table3", "cpu-lm")
+    scale = replace(plan.scale, overrides=overrides, **changes)
+    with pytest.raises(UsageError, match=message):
+        reproduce(replace(plan, name="mine", scale=scale), tmp_path)
+
+
+def test_a_table_says_what_the_heads_did():
+    text = table_text(plan_for("table3", "cpu-lm"), [])
+    assert "before it, every row's connector was taught by the heads of `scenes-cpu`" in text
+    assert "after the heads it is the same for all rows" in text
+    assert "taught by the heads" not in table_text(plan_for("table3", "cpu"), [])
 
 
 @pytest.mark.parametrize(

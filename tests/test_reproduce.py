@@ -15,13 +15,12 @@ import tiny
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from acformer.build import build_model
-from acformer.checkpoints import load_model
 from acformer.connectors import CONNECTORS, Geometry, build_connector, list_connectors
 from acformer.connectors.mlp import MLPConnector
-from acformer.errors import AcFormerError, CheckpointError, DataError, UsageError
+from acformer.errors import AcFormerError, DataError, UsageError
 from acformer.recipe import ModelSpec, load_recipe
 from acformer.reproduce import execute, figure, run_plan
 from acformer.reproduce.execute import Task, answer_loss
@@ -32,7 +31,6 @@ from acformer.reproduce.runs import Timing, cells_of, job_path, refuse_idle_over
 from acformer.reproduce.schedule import run_tasks
 from acformer.reproduce.tables import Measured, mean_interval, student_t, table_text
 from acformer.reproduce.variants import shortened, with_factor, with_fraction
-from acformer.reproduce.warm_start import export_language_model, warm_start
 from acformer.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -444,30 +442,6 @@ def test_the_loss_of_a_trial_does_not_depend_on_the_batches(folder, monkeypatch,
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # float32: padding changes the order of sums, 3e-7 seen
     uniform = math.log(parts[0].config.text_config.vocab_size)
     assert losses[0] == pytest.approx(uniform, rel=0.1)  # an untrained model guesses
-
-
-def test_a_warm_start_is_trained_once_and_is_what_rows_start_from(folder, plan, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
-    started = replace(plan, scale=replace(plan.scale, warm_start=f"{folder}/mini.yaml"))
-    exported = warm_start(started, tmp_path / "work", progress=False)
-    stamp = (exported / "model.safetensors").stat().st_mtime_ns
-    assert warm_start(started, tmp_path / "work", progress=False) == exported
-    assert (exported / "model.safetensors").stat().st_mtime_ns == stamp
-    spec = ModelSpec(str(folder / "vision"), str(exported), "mlp", template="bare")
-    row, _ = build_model(spec)
-    source, processor = load_model(str(exported.parent))
-    weights = source.model.language_model.state_dict()
-    assert all(torch.equal(row.model.language_model.state_dict()[name], value) for name, value in weights.items())
-    assert cells_of(started)[0].runs[0].fingerprint != cells_of(plan)[0].runs[0].fingerprint
-    ids = torch.tensor([processor.tokenizer("Which colour? red")["input_ids"]])
-    alone = AutoModelForCausalLM.from_pretrained(exported).eval()
-    assert torch.equal(alone(ids).logits, source(ids).logits)
-    assert AutoTokenizer.from_pretrained(exported).get_vocab() == processor.tokenizer.get_vocab()
-
-
-def test_export_says_where_there_is_no_model(tmp_path):
-    with pytest.raises(CheckpointError, match="no model in"):
-        export_language_model(tmp_path / "gone/away", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (60, 2.000)])

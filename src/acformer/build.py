@@ -4,7 +4,8 @@ The parts are ordinary Hugging Face checkpoints; what comes out is an ordinary `
 with its processor, ready to train or to save.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaImageProcessorPil,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,6 +32,8 @@ from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.recipe import READER, ModelSpec
 from acformer.vision import load_tower, loading, pixel_statistics, truncate
 
+TOKENIZERS = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""What a new language model's config has from its tokenizer."""
 NEW_MODULES = ("model.connector.", "model.fusion.")
 
 
@@ -145,29 +149,41 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
+    """The config of a new language model: `model.text` of a recipe, and what follows from its tokenizer (`told`).
+
+    Errors: `UsageError` for a kind of model or options that there are not, or that make no config.
+    """
     options = dict(options)
     model_type = options.pop("model_type", "llama")
     if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(f"model.text.model_type {model_type!r} is not a language model of transformers")
     config_class = CONFIG_MAPPING[model_type]
-    valid = {*(field.name for field in fields(config_class)), *config_class.attribute_map}
-    told = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    valid = {*(field.name for field in fields(config_class)), *config_class.attribute_map} - TOKENIZERS
     for key in options:
-        if key in told:
+        if key in TOKENIZERS:
             raise UsageError(f"model.text.{key} follows from the new tokenizer: leave it out (see tokenizer_vocab)")
         if key not in valid:
-            raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid - {*told}))
+            raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid))
+    with _describing_text():
+        return config_class(**told, **options)
+
+
+@contextmanager
+def _describing_text() -> Iterator[None]:
+    """Configs and models say in many ways that they cannot be built of these options."""
     try:
-        return AutoModelForCausalLM.from_config(config_class(**told, **options), dtype=dtype)
-    except Exception as error:  # configs and models say in many ways that they cannot be built of these options
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"model.text does not describe a language model: {reason}") from error
+
+
+def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in TOKENIZERS}
+    config = new_text_config(options, **told)
+    with _describing_text():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -28,12 +28,12 @@ from acformer.data.samples import Sample
 from acformer.download import locked
 from acformer.errors import DataError, DivergedError, UsageError
 from acformer.evaluate.generate import to_device
-from acformer.evaluate.report import evaluate, evaluation_samples
+from acformer.evaluate.report import as_reply, evaluate, evaluation_samples
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.recipe import READER, Recipe, StageSpec
-from acformer.reproduce.heads_first import after_heads, heads_recipe, text_width
+from acformer.reproduce.heads_first import heads_recipe, taught_by_heads, text_width
 from acformer.reproduce.plans import Scale
-from acformer.reproduce.reading import WIDTH, num_parameters, reader_loss, reader_scores, train_reader
+from acformer.reproduce.reading import WIDTH, num_parameters, reader_loss, reader_scores, train_reader, with_prior
 from acformer.reproduce.records import read_record, write_record
 from acformer.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
 from acformer.reproduce.variants import shortened, with_factor, with_fraction, with_steps
@@ -46,15 +46,11 @@ WARM_UP_STEPS, TIMED_STEPS = 5, 25
 
 @dataclass(frozen=True)
 class Task:
-    """A job, and where: `results` is the folder of the table, `work` where models lie meanwhile.
-
-    language_model: the warm start, if any.
-    """
+    """A job, and where: `results` is the folder of the table, `work` where models lie meanwhile."""
 
     job: Job
     results: Path
     work: Path
-    language_model: Path | None = None
     keep_models: bool = False
 
     def __call__(self) -> None:
@@ -86,10 +82,7 @@ class Task:
 
     def recipe(self, run: Run, folder: Path) -> Recipe:
         """The run's recipe, here."""
-        recipe = replace(run.recipe, name=self.job.name, output_dir=str(folder))
-        if self.language_model is not None:
-            recipe = replace(recipe, model=replace(recipe.model, text=str(self.language_model)))
-        return recipe
+        return replace(run.recipe, name=self.job.name, output_dir=str(folder))
 
 
 def _refuse_unknown(job: Job) -> None:
@@ -104,10 +97,11 @@ def _refuse_unknown(job: Job) -> None:
 
 def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
     """The loss on held-out data that the factor comes to; none where training diverged."""
-    search, recipe, width = trial.run.scale.search, task.recipe(trial.run, folder), WIDTH
-    if trial.run.scale.heads:
-        width = text_width(recipe.model)
-        recipe = heads_recipe(trial.run)
+    run, search = trial.run, trial.run.scale.search
+    if run.scale.heads:
+        recipe, width = heads_recipe(run), text_width(run.recipe.model)
+    else:
+        recipe, width = task.recipe(run, folder), WIDTH
     recipe = shortened(with_factor(replace(recipe, seed=trial.seed), trial.factor), search.fraction)
     try:
         loss = trial_loss(recipe, search.data, search.limit, width)
@@ -145,8 +139,12 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
     """Trained with the learning rate that its trials chose, evaluated on all data, timed."""
     started = time.monotonic()
     factor, losses = best_factor(run, task.results)
-    recipe = with_fraction(task.recipe(run, folder), run.fraction)
-    recipe = after_heads(recipe, run, factor) if run.scale.heads else with_factor(recipe, factor)
+    recipe, heads = with_fraction(task.recipe(run, folder), run.fraction), None
+    if run.scale.heads:
+        heads = with_factor(with_fraction(heads_recipe(run), run.fraction), factor)
+        recipe = taught_by_heads(recipe, heads, folder / f"heads-x{factor:g}" / "model")
+    else:
+        recipe = with_factor(recipe, factor)
     measure = reader_figures if recipe.model.text == READER else model_figures
     return {
         "connector": recipe.model.connector,
@@ -158,6 +156,7 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
         "losses_of_factors": losses,
         "seconds": round(time.monotonic() - started, 1),
         "recipe": asdict(recipe),
+        **({"heads": asdict(heads)} if heads else {}),
         "device": _device_name(parse_device("auto")),
         **machine(),
     }
@@ -187,7 +186,8 @@ def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
         samples = evaluation_samples(data, scale.limit)
         features = cached_features(parts, samples, progress=False) if recipe.cache_features else None
         out = folder / f"eval-{number}"
-        scores[data] = evaluate(parts, data, out, limit=scale.limit, features=features, progress=False)
+        found = evaluate(parts, data, out, limit=scale.limit, features=features, progress=False)
+        scores[data] = with_prior(found, data, [as_reply(sample) for sample in samples])
     weights = sum(parameter.numel() for parameter in module_parameters(parts[0])["connector"])
     return {"scores": scores, "num_parameters": weights}
 

@@ -45,9 +45,9 @@ class Scale:
     recipe: name or file; all that there is to a training but connector, learning rate and seed. overrides: changes of
     it, `key=value` as in `acformer train`. budgets: T, visual tokens. data: what is evaluated, the first `limit`
     questions. sizes: options of single connectors where their defaults are not of this size (a recipe's own
-    `connector_kwargs` are taken by all stacks). warm_start: a recipe that is run once, whose language model every row
-    starts from. heads: a recipe with heads, by which every run's connector is taught first; the learning rate is then
-    looked for there. fetch: embedded names that must be there.
+    `connector_kwargs` are taken by all stacks). heads: a recipe with heads (`acformer.reproduce.reading`), by which
+    every run's connector is taught before the recipe; the learning rate is then looked for there. fetch: embedded names
+    that must be there.
     """
 
     name: str
@@ -59,7 +59,6 @@ class Scale:
     limit: int | None = None
     scaling_budget: int = 33
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    warm_start: str | None = None
     heads: str | None = None
     fetch: tuple[str, ...] = ()
     needs_accelerator: bool = False
@@ -73,8 +72,15 @@ class Scale:
             UsageError: there is no such recipe; heads would be taught one level of scenes and asked about another.
         """
         recipe = load_recipe(self.recipe, self.overrides)
-        if recipe.model.text == READER and recipe.finetune:
-            self._refuse_other_scenes(recipe.finetune.data)
+        if recipe.from_model is not None:
+            raise UsageError(f"from_model={recipe.from_model}: what a table compares is trained from nothing")
+        heads = load_recipe(self.heads) if self.heads else recipe
+        if self.heads and (heads.model.text != READER or recipe.model.text == READER):
+            raise UsageError(
+                f"scale {self.name!r}: model.text is {READER} in heads={self.heads} and in no other recipe"
+            )
+        if heads.model.text == READER and heads.finetune:
+            self._refuse_other_scenes(heads.finetune.data)
         return replace(recipe, name=Path(self.recipe).stem, output_dir="", resume=True)
 
     def _refuse_other_scenes(self, taught: str) -> None:

@@ -165,19 +165,30 @@ def reader_replies(learner: Learner, data: str, limit: int | None = None) -> lis
 
 
 def reader_scores(learner: Learner, data: str, out: Path, limit: int | None = None) -> dict[str, Any]:
-    """As `evaluate` has them, with `predictions.jsonl` under `out`.
-
-    *Blind* is the better of the most frequent answers and of heads that see nothing (`scenes/prior.py`).
-    """
+    """As `evaluate` has them, with `predictions.jsonl` under `out`; *blind* as in `with_prior`."""
     replies = reader_replies(learner, data, limit)
     samples = list(islice(undrawn_samples(learner.level.name, data.partition(":")[2]), len(replies)))
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(samples, (reply.prediction for reply in replies), out / "predictions.jsonl")
-    scores, prior = score_replies(data, replies), score_replies(data, prior_replies(learner.level, data, replies))
-    for name, family in scores["families"].items():
-        family["blind"] = max(family["blind"], prior["families"][name]["score"])
-    scores["average"]["blind"] = statistics.fmean(family["blind"] for family in scores["families"].values())
-    return scores
+    return with_prior(score_replies(data, replies), data, replies)
+
+
+def with_prior(scores: dict[str, Any], data: str, replies: list[Reply]) -> dict[str, Any]:
+    """Scores of questions about scenes, *blind* raised, in each family, to heads that see nothing (`scenes/prior.py`).
+
+    They say yes to every noun, which the most frequent answers do not; so may a language model. Scores of other data
+    are left as they are. `replies`: to the questions, in their order; what they say does not count.
+    """
+    level = LEVELS.get(data.partition(":")[0])
+    if level is None:
+        return scores
+    prior = score_replies(data, prior_replies(level, data, replies))["families"]
+    families = {
+        name: {**family, "blind": max(family["blind"], prior[name]["score"])}
+        for name, family in scores["families"].items()
+    }
+    average = {**scores["average"], "blind": statistics.fmean(family["blind"] for family in families.values())}
+    return {**scores, "families": families, "average": average}
 
 
 def prior_replies(level: Level, data: str, replies: list[Reply]) -> list[Reply]:

@@ -7,8 +7,10 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from acformer.build import new_text_config
 from acformer.embedded import fetch
 from acformer.errors import AcFormerError, UsageError
+from acformer.recipe import READER, Recipe
 from acformer.reproduce.execute import Task
 from acformer.reproduce.figure import draw_figure
 from acformer.reproduce.plans import Plan, chosen_rows
@@ -16,7 +18,7 @@ from acformer.reproduce.records import take_over
 from acformer.reproduce.runs import Cell, Job, Run, Timing, Trial, cells_of, job_path, job_record, refuse_idle_overrides
 from acformer.reproduce.schedule import default_jobs, run_tasks
 from acformer.reproduce.tables import Measured, all_errors, table_text
-from acformer.reproduce.warm_start import warm_start
+from acformer.training_arguments import refuse_unfit
 
 J = TypeVar("J", Run, Trial, Timing)
 
@@ -52,16 +54,18 @@ def reproduce(
     chosen = chosen_rows(plan, connectors)
     if plan.scale.needs_accelerator and not torch.accelerator.is_available():
         raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
-    plan.scale.load_recipe()  # a missing one is told before anything is fetched
+    recipe = plan.scale.load_recipe()  # a missing one is told before anything is fetched
+    if recipe.model.text != READER:
+        _refuse_unfit_language_model(recipe)
     if plan.scale.fetch:
         fetch(plan.scale.fetch, progress=progress)
     cells = cells_of(plan)
     refuse_idle_overrides(plan, cells)
     ours = [cell for cell in cells if cell.row in chosen]
-    results, language_model = out / plan.folder, warm_start(plan, work, progress=progress)
+    results = out / plan.folder
     runs = _missing((run for cell in ours for run in cell.runs), results)
     trials = _missing((trial for run in runs for trial in run.trials), results)
-    context = (results, work, language_model, keep_models)
+    context = (results, work, keep_models)
     stages = [Task(trial, *context) for trial in trials], [Task(run, *context) for run in runs]
     untimed = _missing((Timing(cell.runs[0]) for cell in ours if cell.runs), results)
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} runs, {elapsed} gone, {remaining} left {postfix}"
@@ -76,6 +80,14 @@ def reproduce(
             text = _write(plan, cells, results)
     _tell_failures([Measured.of(cell, results) for cell in ours], results)
     return text
+
+
+def _refuse_unfit_language_model(recipe: Recipe) -> None:
+    """What is wrong with its training is told now, not when heads have been taught for every row."""
+    if isinstance(recipe.model.text, dict):
+        new_text_config(recipe.model.text)
+    for _, spec in recipe.stages():
+        refuse_unfit(spec, recipe.seed)
 
 
 def _missing(jobs: Iterable[J], results: Path) -> list[J]:

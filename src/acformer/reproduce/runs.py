@@ -30,8 +30,8 @@ from acformer.vision import load_tower, patch_grid
 class Run:
     """One training and what is measured of it.
 
-    recipe: but for what is found when it runs: the learning rate, the number of samples that is a `fraction` of all,
-    the warm start. start: fingerprint of the language model that it starts from.
+    recipe: but for what is found when it runs: the learning rate, the number of samples that is a `fraction` of all.
+    start: fingerprint of the heads' recipe, where heads teach the connector first.
     """
 
     row: str
@@ -100,9 +100,11 @@ class Trial:
     @property
     def fingerprint(self) -> str:
         """The same for every seed and share of the samples."""
-        recipe, search = asdict(replace(self.run.recipe, seed=0)), asdict(self.run.scale.search)
+        recipe, search = replace(self.run.recipe, seed=0), asdict(self.run.scale.search)
+        if self.run.start:  # what comes after the heads does not change this one
+            recipe = replace(recipe, pretrain=None, finetune=None)
         del search["factors"]  # what else is tried does not change this one
-        tried = {"recipe": recipe, "factor": self.factor, "search": search, "start": self.run.start}
+        tried = {"recipe": asdict(recipe), "factor": self.factor, "search": search, "start": self.run.start}
         return fingerprint({**tried, **what_decides(self.run.recipe)})
 
 
@@ -179,11 +181,9 @@ def what_decides(recipe: Recipe) -> dict[str, Any]:
     return {"defaults": options, "scenes": VERSION, "reader": READER_VERSION}
 
 
-def start_fingerprint(plan: Plan) -> str:
-    """Of the recipes of what runs start from; empty where that is nothing."""
-    parts = {"heads": plan.scale.heads, "warm_start": plan.scale.warm_start}
-    recipes = {part: load_recipe(name) for part, name in parts.items() if name is not None}
-    return "-".join(fingerprint(asdict(replace(recipe, output_dir="", resume=True))) for recipe in recipes.values())
+def start_fingerprint(scale: Scale) -> str:
+    """Of the recipe of the heads that teach first; empty without them."""
+    return fingerprint(asdict(load_recipe(scale.heads))) if scale.heads else ""
 
 
 def cells_of(plan: Plan) -> list[Cell]:
@@ -203,7 +203,7 @@ def _cell(plan: Plan, base: Recipe, geometry: Geometry, row: Row, budget: int, f
     except AcFormerError as error:
         return Cell(row, budget, fraction, error=str(error))
     model = replace(base.model, connector=row.connector, connector_kwargs=options)
-    run = Run(row.name, num_tokens, 0, fraction, replace(base, model=model), plan.scale, start_fingerprint(plan))
+    run = Run(row.name, num_tokens, 0, fraction, replace(base, model=model), plan.scale, start_fingerprint(plan.scale))
     return Cell(row, budget, fraction, tuple(run.with_seed(seed) for seed in range(plan.scale.seeds)))
 
 

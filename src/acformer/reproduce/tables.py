@@ -106,14 +106,13 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     parts = [
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
-        f"Made by `{plan.command}`: recipe `{scale.recipe}`{_after(scale)}, the same samples and "
-        f"steps for every row; the connector's learning rate is the best of {len(scale.search.factors)} tried by every "
-        f"row for {scale.search.fraction:g} of {'their' if scale.heads else 'the'} steps. Scores in percent, mean and "
-        "95 % interval over seeds (Student's t, where there are several); *average* is the mean of the families, "
-        "*blind* what is scored without a look at the picture, in each family the better of the most frequent answers "
-        "and, where heads read, of heads that see nothing. *step* is the median time of a training step, taken alone, "
-        "one row after the other; *rate* is the factor of the recipe's learning rate that was best, with < or > where "
-        "it is the lowest or highest tried and a better one may lie beyond.",
+        f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
+        f"{_rates(scale)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
+        "*average* is the mean of the families, *blind* what is scored without a look at the picture, in each family "
+        "the better of the most frequent answers and, of questions about scenes, of heads that see nothing. *step* is "
+        "the median time of a training step, taken alone, one row after the other; *rate* is the factor of the "
+        "recipe's learning rate that was best, with < or > where it is the lowest or highest tried and a better one "
+        "may lie beyond.",
         scale.note,
     ]
     for data in scale.data:
@@ -129,8 +128,15 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
 
 
-def _after(scale: Scale) -> str:
-    return f", after the heads of `{scale.heads}` have taught the connector" if scale.heads else ""
+def _rates(scale: Scale) -> str:
+    """How the connector's learning rate was found."""
+    found = f"is the best of {len(scale.search.factors)} tried by every row for {scale.search.fraction:g} of the steps"
+    if scale.heads is None:
+        return f"the connector's learning rate {found}."
+    return (
+        f"before it, every row's connector was taught by the heads of `{scale.heads}`, whose data and steps are their "
+        f"own. There the connector's learning rate {found} (*rate*); after the heads it is the same for all rows."
+    )
 
 
 def _table(cells: Sequence[Measured], data: str) -> str:
