@@ -1,10 +1,10 @@
 """Elastic budget: training in which every step has its own number of visual tokens, so that one checkpoint serves all.
 
-No weight of an elastic connector depends on T, but what a model has never seen it does badly. Here T is drawn anew for
-each optimizer step, uniformly from a range: of the seed and the step alone, so it is the same in every process,
-whatever the loader does, and after a resume. Samples are encoded once, with the longest run of image tokens; a step
-drops what its T leaves over. Unlike Matryoshka models, which nest a few fixed sizes in one another, any T of the range
-is trained, and its anchors are searched for anew.
+No weight of an elastic connector depends on T, but a model that has seen one T alone was not taught the others. Here T
+is drawn anew for each optimizer step, uniformly from a range: of the seed and the step alone, so it is the same in
+every process, whatever the loader does, and after a resume. Samples are encoded once, with the longest run of image
+tokens; a step drops what its T leaves over. Unlike Matryoshka models, which nest a few fixed sizes in one another, any
+T of the range is trained, and its anchors are searched for anew.
 """
 
 import random

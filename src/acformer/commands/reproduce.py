@@ -13,7 +13,11 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("table", help="table3, table4 or figure1")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the scale's recipe; needs --name")
     sub.add_argument("--name", help="of the table, where it is not the paper's: results go to OUT/NAME-SCALE")
-    sub.add_argument("--scale", default="cpu", help="cpu (heads), cpu-lm (a small language model) or gpu (default cpu)")
+    sub.add_argument(
+        "--scale",
+        default="cpu",
+        help="cpu (heads read the tokens), cpu-lm (a small language model, slow) or gpu (default cpu)",
+    )
     sub.add_argument("--seeds", type=positive, help="runs a row (default: the plan's)")
     sub.add_argument("--connectors", nargs="+", metavar="NAME", help="train only these connectors' rows")
     sub.add_argument("--jobs", type=positive, help="runs side by side (default: one a core, one on an accelerator)")

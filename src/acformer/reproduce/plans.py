@@ -239,10 +239,10 @@ SCALES = {
             sizes=ON_TWO_CORES,
             heads="scenes-cpu",
             fetch=("dinov2-s14", "openmoji", "photographs"),
-            note="A language model of 1 M parameters answers. Every row's connector was first taught by small heads, "
-            "for the same number of steps, since the language model alone does not find out in what two cores allow "
-            "that image tokens tell it anything (`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one "
-            "or two layers in place of six or more, `token_packer` the feature layer alone.",
+            note="A language model of 1 M parameters answers. Small heads taught every row's connector first, since "
+            "the language model alone does not find out in what two cores allow that image tokens tell it anything "
+            "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
+            "more, `token_packer` the feature layer alone.",
         ),
         Scale(
             "gpu",
