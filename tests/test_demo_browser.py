@@ -416,7 +416,10 @@ def test_the_command(url, tmp_path):
         f"from argparse import Namespace as N; from acformer.commands.demo import run; run(N(**{options}, port=None))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
-        line = next(line for line in process.stderr if "the page is at" in line)
-        assert httpx.get(line.split()[4]).status_code == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+        try:
+            line = next(line for line in process.stderr if "the page is at" in line)
+            assert httpx.get(line.split()[4]).status_code == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
