@@ -32,7 +32,7 @@ from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.recipe import READER, ModelSpec
 from acformer.vision import load_tower, loading, pixel_statistics, truncate
 
-TOKENIZERS = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
 NEW_MODULES = ("model.connector.", "model.fusion.")
 
@@ -159,9 +159,9 @@ def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
     if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UsageError(f"model.text.model_type {model_type!r} is not a language model of transformers")
     config_class = CONFIG_MAPPING[model_type]
-    valid = {*(field.name for field in fields(config_class)), *config_class.attribute_map} - TOKENIZERS
+    valid = {*(field.name for field in fields(config_class)), *config_class.attribute_map} - FROM_TOKENIZER
     for key in options:
-        if key in TOKENIZERS:
+        if key in FROM_TOKENIZER:
             raise UsageError(f"model.text.{key} follows from the new tokenizer: leave it out (see tokenizer_vocab)")
         if key not in valid:
             raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid))
@@ -180,7 +180,7 @@ def _describing_text() -> Iterator[None]:
 
 
 def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
-    told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in TOKENIZERS}
+    told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in FROM_TOKENIZER}
     config = new_text_config(options, **told)
     with _describing_text():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -110,8 +110,8 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"{_rates(scale)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
         "*average* is the mean of the families, *blind* what is scored without a look at the picture, in each family "
         "the better of the most frequent answers and, of questions about scenes, of heads that see nothing. *step* is "
-        "the median time of a training step, taken alone, one row after the other; *rate* is the factor of the "
-        "recipe's learning rate that was best, with < or > where it is the lowest or highest tried and a better one "
+        "the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
+        "that learning rate that was best, with < or > where it is the lowest or highest tried and a better one "
         "may lie beyond.",
         scale.note,
     ]
