@@ -13,7 +13,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-embedded: $(VENV)/.dev
 	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from acformer.anchors.selectors import SELECTORS, Selector
 from acformer.connectors import CONNECTORS, Geometry, build_connector, list_connectors
 from acformer.errors import UsageError
-from acformer.selectors import SELECTORS, Selector
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 # CLIP ViT-L/14-336 and a language model of Vicuna-7B's width, as in the paper.
 GEOMETRY = Geometry(vision_hidden_size=1024, text_hidden_size=4096, grid=(24, 24), num_prefix_tokens=1)
@@ -32,7 +32,7 @@ def connector_table() -> str:
         with torch.device("meta"):
             connector = build_connector(name, GEOMETRY)
         weights = sum(parameter.numel() for parameter in connector.parameters()) / 1e6
-        reads_row = _yes(_reads_cls_attention(connector, connector.blank()))
+        reads_row = _yes(_reads_cls_attention(connector, connector.zero_features()))
         elastic = _yes(connector.elastic)
         rows.append([f"`{name}`", _idea(name), connector.num_tokens, elastic, reads_row, f"{weights:.0f} M"])
     return _table(["name", "what it does", "T", "other T", "needs [CLS] attention", "weights"], rows)
@@ -47,12 +47,12 @@ def connectors_in_full() -> str:
 def selector_table() -> str:
     """One line a selector."""
     with torch.device("meta"):
-        features = build_connector("mlp", GEOMETRY).blank()
+        features = build_connector("mlp", GEOMETRY).zero_features()
     rows = []
     for name, selector in sorted(SELECTORS.items()):
         share = round(100 * selector.contextual)
         rest = f" {share} % of the tokens are means of the other patches." if share else ""
-        drawn = "always" if selector.redraws else "if asked" if selector.draw else "no"
+        drawn = "always" if selector.redraws else "if asked" if selector.sample else "no"
         reads_row = _yes(_reads_cls_attention(partial(selector, num=64), features))
         rows.append([f"`{name}`", _reason(selector) + rest, reads_row, drawn])
     return _table(["name", "chooses by", "needs [CLS] attention", "drawn in training"], rows)

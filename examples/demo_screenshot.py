@@ -22,9 +22,9 @@ from PIL import Image
 from playwright.sync_api import Page as Tab
 from playwright.sync_api import sync_playwright
 
-from acformer.bench.facts import machine
-from acformer.demo import start
-from acformer.demo.app import Page
+from acformer.lab.demo import start
+from acformer.lab.demo.app import Page
+from acformer.provenance import machine
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 

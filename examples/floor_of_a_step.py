@@ -9,9 +9,9 @@ import sys
 
 import torch
 
-from acformer.bench.floors import encoder_flops
-from acformer.bench.presets import connectors_at, load_preset
-from acformer.bench.train import caption_lengths, step_flops
+from acformer.lab.bench.floors import encoder_flops
+from acformer.lab.bench.presets import connectors_at, load_preset
+from acformer.lab.bench.train import caption_lengths, step_flops
 
 
 def main(name: str = "llava15-7b") -> None:

@@ -25,8 +25,8 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from acformer.download import whole_folder
-from acformer.embedded import EMBEDDED, cache_dir, embedded_path
+from acformer.fetch.embedded import EMBEDDED, cache_dir, embedded_path
+from acformer.files import whole_folder
 from acformer.images import load_image
 
 SIDE, CROPS, LEAST_STAMP = 336, 13, 150

@@ -12,13 +12,13 @@ from statistics import mean
 
 from transformers import AutoTokenizer
 
-from acformer.build import square_image_processor
 from acformer.data.collate import ConversationDataset
+from acformer.data.datasets import load_samples
 from acformer.data.lengths import grouped_by_length
-from acformer.data.sources import load_samples
 from acformer.data.templates import TEMPLATES
-from acformer.embedded import resolve
+from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerProcessor
+from acformer.hf.build import square_image_processor
 
 ROWS, SEEDS = 16, range(5)
 
@@ -26,20 +26,20 @@ ROWS, SEEDS = 16, range(5)
 def main() -> None:
     """Print a line for each number of visual tokens."""
     samples = load_samples("easy-vqa:captions", limit=800) + load_samples("easy-vqa:train_dialogues", limit=800)
-    for num_image_tokens in (576, 145, 65):
-        data = ConversationDataset(samples, processor(num_image_tokens))
+    for num_visual_tokens in (576, 145, 65):
+        data = ConversationDataset(samples, processor(num_visual_tokens))
         lengths = [len(data[index][0]["input_ids"]) for index in range(len(data))]
         drawn = mean(padding(lengths, random.Random(seed).sample(range(len(data)), len(data))) for seed in SEEDS)
         alike = mean(padding(lengths, grouped_by_length(data.lengths(), ROWS, f"{seed} 0")) for seed in SEEDS)
-        print(f"{num_image_tokens} visual tokens: {drawn:.1%} padding at random, {alike:.1%} with like lengths")
+        print(f"{num_visual_tokens} visual tokens: {drawn:.1%} padding at random, {alike:.1%} with like lengths")
 
 
-def processor(num_image_tokens: int) -> AcFormerProcessor:
+def processor(num_placeholders: int) -> AcFormerProcessor:
     """SmolLM's tokenizer, LLaVA's dialogue template."""
     special = {"image_token": "<image>"}
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:smollm2-135m"), extra_special_tokens=special)
     pixels = square_image_processor(resolve("embedded:dinov2-s14"), 336)
-    return AcFormerProcessor(pixels, tokenizer, num_image_tokens=num_image_tokens, chat_template=TEMPLATES["vicuna_v1"])
+    return AcFormerProcessor(pixels, tokenizer, num_placeholders=num_placeholders, chat_template=TEMPLATES["vicuna_v1"])
 
 
 def padding(lengths: Sequence[int], order: Sequence[int]) -> float:

@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from acformer.evaluate.families import MEASURES, blind_replies, family_scores
 from acformer.evaluate.report import as_reply, training_questions
-from acformer.scenes.captions import caption
-from acformer.scenes.dataset import undrawn_samples
-from acformer.scenes.draw import draw_scene
-from acformer.scenes.layout import SIDE, make_scene
-from acformer.scenes.levels import LEVELS, Level
-from acformer.scenes.questions import ask
+from acformer.lab.scenes.captions import caption
+from acformer.lab.scenes.dataset import undrawn_samples
+from acformer.lab.scenes.draw import draw_scene
+from acformer.lab.scenes.layout import SIDE, make_scene
+from acformer.lab.scenes.levels import LEVELS, Level
+from acformer.lab.scenes.questions import ask
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, COLUMNS, GAP, COLOURS = 2, 5, 6, 256

@@ -16,14 +16,22 @@ from typed import check_types
 
 import acformer.connectors
 from acformer.connectors import Connector, Geometry
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 settings.register_profile("acformer", deadline=None, derandomize=True, database=None)
 settings.load_profile("acformer")
 
 
 _connector_files = [f"acformer.connectors.{m.name}" for m in pkgutil.iter_modules(acformer.connectors.__path__)]
-_typed = ["acformer.anchors", "acformer.cls_attention", "acformer.vision", "acformer.connectors", *_connector_files]
+_typed = [
+    "acformer.anchors.search",
+    "acformer.vision.cls_attention",
+    "acformer.vision.encoder",
+    "acformer.vision.families",
+    "acformer.vision.features",
+    "acformer.connectors",
+    *_connector_files,
+]
 check_types(*map(import_module, _typed))
 
 FAMILIES = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
@@ -67,7 +75,7 @@ def pixels() -> Tensor:
 
 @pytest.fixture
 def make_features() -> Callable[..., VisionFeatures]:
-    """(geometry or connector, batch, dtype) -> random `VisionFeatures` that fit it; a connector may want levels."""
+    """(geometry or connector, batch, dtype) -> random `VisionFeatures` that fit it, with its hidden layers."""
 
     def make(
         reader: Geometry | Connector, batch: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
@@ -78,9 +86,13 @@ def make_features() -> Callable[..., VisionFeatures]:
         shape = batch, geometry.num_prefix_tokens + geometry.num_patches, geometry.vision_hidden_size
         tokens = torch.randn(shape, generator=generator).to(dtype)
         row = torch.randn(batch, 4, geometry.num_patches, generator=generator).softmax(-1)
-        num_levels = 0 if is_geometry else len(reader.levels)
-        levels = torch.randn(batch, num_levels, *shape[1:], generator=generator).to(dtype) if num_levels else None
-        return VisionFeatures(tokens, row, geometry.grid, geometry.num_prefix_tokens, levels)
+        num_hidden_layers = 0 if is_geometry else len(reader.hidden_layers)
+        hidden_layers = (
+            torch.randn(batch, num_hidden_layers, *shape[1:], generator=generator).to(dtype)
+            if num_hidden_layers
+            else None
+        )
+        return VisionFeatures(tokens, row, geometry.grid, geometry.num_prefix_tokens, hidden_layers)
 
     return make
 

@@ -22,7 +22,7 @@ from acformer.connectors.deformable import DeformableAttention, DeformableLayer,
 from acformer.connectors.patch_blocks import as_block, nearest_block, split_blocks
 from acformer.connectors.token_grid import nearest_num_tokens, token_grid
 from acformer.errors import UsageError
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 SQUARE, WIDE = Geometry(32, 24, (6, 6), 1), Geometry(32, 24, (4, 6), 5)
 RELEASE = Path(__file__).parent / "fixtures" / "c_abstractor.safetensors"
@@ -140,7 +140,7 @@ class TestMultiHeadAttention:
 
 
 def sizes(name: str) -> dict:
-    return {"d_abstractor": {"num_tokens": 9}, "token_packer": {"levels": []}}[name]
+    return {"d_abstractor": {"num_tokens": 9}, "token_packer": {"hidden_layers": []}}[name]
 
 
 class TestCAbstractor:
@@ -346,14 +346,14 @@ class TestQFormer:
 
 
 class TestTokenPacker:
-    @pytest.mark.parametrize(("scale", "levels"), [((2, 2), [1, 3]), ((4, 2), [-2]), ((1, 3), [])])
-    def test_written_out(self, scale, levels, make_features):
+    @pytest.mark.parametrize(("scale", "hidden_layers"), [((2, 2), [1, 3]), ((4, 2), [-2]), ((1, 3), [])])
+    def test_written_out(self, scale, hidden_layers, make_features):
         """A loop over the regions, torch's own attention, every level's patches side by side."""
         geometry = Geometry(32, 24, (4, 6), 1)
-        connector = build("token_packer", geometry, scale=scale, levels=levels, num_heads=4)
+        connector = build("token_packer", geometry, scale=scale, hidden_layers=hidden_layers, num_heads=4)
         features = make_features(geometry, dtype=torch.float64)
-        if levels:
-            features = features._replace(levels=torch.randn(2, len(levels), 25, 32).double())
+        if hidden_layers:
+            features = features._replace(hidden_layers=torch.randn(2, len(hidden_layers), 25, 32).double())
         attention = _torch_attention(connector.attention)
         (rows, cols), tokens = scale, []
         image = features.tokens[:, 1:].mT.reshape(2, 32, 4, 6)
@@ -365,7 +365,9 @@ class TestTokenPacker:
                     for r in range(row * rows, (row + 1) * rows)
                     for c in range(column * cols, (column + 1) * cols)
                 ]
-                sources = [features.levels[:, k, 1:] for k in range(len(levels))] or [features.tokens[:, 1:]]
+                sources = [features.hidden_layers[:, k, 1:] for k in range(len(hidden_layers))] or [
+                    features.tokens[:, 1:]
+                ]
                 region = torch.cat([source[:, inside] for source in sources], dim=-1)
                 query = connector.norm_q(connector.q_proj(coarse[:, :, row, column])).unsqueeze(1)
                 key, value = connector.norm_k(connector.k_proj(region)), connector.norm_v(connector.v_proj(region))
@@ -374,7 +376,7 @@ class TestTokenPacker:
         torch.testing.assert_close(connector(features), torch.cat(tokens, dim=1), rtol=0, atol=1e-13)
 
     def test_scale_2_of_the_grid_is_the_mean_of_four(self, make_features):
-        connector, features = build("token_packer", scale=2, levels=[], num_heads=2), make_features(SQUARE)
+        connector, features = build("token_packer", scale=2, hidden_layers=[], num_heads=2), make_features(SQUARE)
         coarse = split_blocks(features.patches, (6, 6), (2, 2)).mean(2)
         # Measured 1.2e-7: float32.
         torch.testing.assert_close(connector.coarse_queries(features), coarse, rtol=0, atol=1e-6)
@@ -382,17 +384,17 @@ class TestTokenPacker:
     def test_defaults_are_the_papers(self):
         with torch.device("meta"):
             connector = build_connector("token_packer", Geometry(1024, 4096, (24, 24), 1))
-        assert connector.levels == (12, 16, 22, 23)
+        assert connector.hidden_layers == (12, 16, 22, 23)
         assert connector.num_tokens == 144
         assert connector.k_proj[0].in_features == 4096
 
     def test_32_tokens(self):
-        assert build("token_packer", Geometry(32, 24, (16, 16), 1), scale=[2, 4], levels=[]).num_tokens == 32
+        assert build("token_packer", Geometry(32, 24, (16, 16), 1), scale=[2, 4], hidden_layers=[]).num_tokens == 32
 
     def test_starts_as_released(self):
         """Linears drawn alike whatever their width; of torch's attention, q, k and v as one Xavier matrix."""
         torch.manual_seed(0)
-        connector = build_connector("token_packer", Geometry(256, 320, (6, 6), 1), levels=[1, 2])
+        connector = build_connector("token_packer", Geometry(256, 320, (6, 6), 1), hidden_layers=[1, 2])
         theirs = nn.MultiheadAttention(256, 8).in_proj_weight
         projections = [getattr(connector.attention, name) for name in ("q_proj", "k_proj", "v_proj")]
         for module in connector.modules():
@@ -408,8 +410,11 @@ class TestTokenPacker:
         assert most == pytest.approx(theirs.abs().max().item(), rel=1e-3), "uniform to the same bound"
 
     def test_features_without_levels(self, make_features):
-        with pytest.raises(UsageError, match=r"reads levels \[1, 2\] .* levels=\[1, 2\], or build it with levels=\[\]"):
-            build("token_packer", levels=[1, 2])(make_features(SQUARE))
+        with pytest.raises(
+            UsageError,
+            match=r"reads the hidden layers \[1, 2\] .* or build it with hidden_layers=\[\]",
+        ):
+            build("token_packer", hidden_layers=[1, 2])(make_features(SQUARE))
 
 
 def _torch_attention(ours: MultiHeadAttention) -> nn.MultiheadAttention:
@@ -436,7 +441,7 @@ def test_for_budget(name, geometry, num_tokens, options):
 
 
 def small(name: str) -> dict:
-    return {"token_packer": {"levels": []}, "q_former": {"hidden_size": 24, "depth": 1}}.get(name, {})
+    return {"token_packer": {"hidden_layers": []}, "q_former": {"hidden_size": 24, "depth": 1}}.get(name, {})
 
 
 def test_weights_start_as_in_the_sources():
@@ -453,7 +458,7 @@ def test_weights_start_as_in_the_sources():
     # 0.02 of 9,216 normal draws, 3,072 for the queries: within 5 %.
     assert query.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert q_former.queries.std().item() == pytest.approx(0.02, rel=0.05)
-    packer = build_connector("token_packer", SQUARE, levels=[1, 2])
+    packer = build_connector("token_packer", SQUARE, hidden_layers=[1, 2])
     assert not packer.k_proj[0].bias.any()
     assert packer.projector[0].weight.std().item() == pytest.approx(0.02, rel=0.1)  # of 768 draws, four standard errors
     convolution = build_connector("ldp_v2", SQUARE, num_tokens=9).positions

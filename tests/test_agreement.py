@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from acformer.anchors import select_anchors
-from acformer.bench import agreement
-from acformer.bench.agreement import (
+from acformer.anchors.search import select_anchors
+from acformer.lab.bench import agreement
+from acformer.lab.bench.agreement import (
     bench_agreement,
     compare,
     measure_agreement,

@@ -10,7 +10,7 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acformer.anchors import quotas, select_anchors, select_anchors_reference
+from acformer.anchors.search import quotas, select_anchors, select_anchors_reference
 
 RELEASE = load_file(Path(__file__).parent / "fixtures" / "selector.safetensors")
 SEARCHES = (select_anchors, select_anchors_reference)

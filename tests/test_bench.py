@@ -13,20 +13,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from acformer import cli
-from acformer.anchors import select_anchors_reference
-from acformer.bench import authors, facts, floors, growth, harness, presets, report, timing, train
-from acformer.bench import settings as settings_module
-from acformer.bench.connector import connector_variants
-from acformer.bench.generate import STEPS, generation, parts
-from acformer.bench.settings import READS, Settings, read, resolve
-from acformer.bench.timing import Rates, Timings, Variant, measure
-from acformer.bench.watch import Watch
-from acformer.cls_attention import cls_row
-from acformer.commands import bench as bench_command
+from acformer import cli, provenance
+from acformer.anchors.search import select_anchors_reference
 from acformer.connectors import Geometry, build_connector, list_connectors
 from acformer.errors import DataError, UsageError
-from acformer.vision import VisionEncoder, truncate
+from acformer.lab.bench import authors, floors, growth, harness, presets, report, timing, train
+from acformer.lab.bench import settings as settings_module
+from acformer.lab.bench.connector import connector_variants
+from acformer.lab.bench.generate import STEPS, generation, parts
+from acformer.lab.bench.settings import READS, Settings, read, resolve
+from acformer.lab.bench.timing import Rates, Timings, Variant, measure
+from acformer.lab.bench.watch import Watch
+from acformer.lab.commands import bench as bench_command
+from acformer.vision.cls_attention import cls_row
+from acformer.vision.encoder import VisionEncoder, truncate
 
 CPU = torch.device("cpu")
 TEXT = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -227,7 +227,7 @@ def written(settings: Settings, what: str, tmp_path) -> tuple[dict, str]:
 @pytest.mark.parametrize("what", COMMANDS)
 def test_json_says_where_and_how(toy, tmp_path, what):
     record, said = written(toy, what, tmp_path)
-    assert {key: record[key] for key in facts.machine()} == facts.machine()
+    assert {key: record[key] for key in provenance.machine()} == provenance.machine()
     assert record["command"].startswith(f"acformer bench {what} --preset toy --device cpu --dtype float32 --rounds 2")
     assert "random" in record["weights"]
     assert record["rounds"] == 2
@@ -427,20 +427,20 @@ def test_memory_is_capped_while_something_is_tried():
 def test_a_file_that_git_does_not_know_is_a_change(tmp_path, monkeypatch):
     for words in ("init -q", "-c user.name=n -c user.email=e commit -q --allow-empty -m m"):
         subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
-    monkeypatch.setattr(facts, "SOURCES", tmp_path)
-    assert "changes" not in facts.machine()
+    monkeypatch.setattr(provenance, "SOURCES", tmp_path)
+    assert "changes" not in provenance.machine()
     (tmp_path / "new.py").touch()
-    assert "not committed" in facts.machine()["changes"]
+    assert "not committed" in provenance.machine()["changes"]
 
 
 def test_a_machine_has_a_name(tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Zuse Z4\n\n")
     (tmp_path / "meminfo").write_text("MemTotal:       25165824 kB\nMemFree:  1 kB\n")
-    monkeypatch.setattr(facts, "PROC", tmp_path)
-    assert facts.machine()["machine"].startswith("Zuse Z4, 24 GiB, ")
-    monkeypatch.setattr(facts, "PROC", tmp_path / "none")
-    monkeypatch.setattr(facts.platform, "processor", lambda: "")
-    assert facts.machine()["machine"].startswith("processor unknown, ")
+    monkeypatch.setattr(provenance, "PROC", tmp_path)
+    assert provenance.machine()["machine"].startswith("Zuse Z4, 24 GiB, ")
+    monkeypatch.setattr(provenance, "PROC", tmp_path / "none")
+    monkeypatch.setattr(provenance.platform, "processor", lambda: "")
+    assert provenance.machine()["machine"].startswith("processor unknown, ")
 
 
 @pytest.mark.parametrize("what", [*COMMANDS, "growth"])

@@ -5,8 +5,8 @@ import tiny
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from acformer.build import _new_text, _pretrained_text, parse_device, train_tokenizer
 from acformer.errors import UsageError
+from acformer.hf.build import _new_text, _pretrained_text, parse_device, train_tokenizer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 

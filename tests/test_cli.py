@@ -88,9 +88,9 @@ def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
         ("config", {"vision_config": 3}, 2, "config field vision_config must be dict, got 3"),
         ("config", {"vision_config": {"model_type": "clip"}}, 4, "cannot load"),
         ("config", {"text_config": {"model_type": "t5"}}, 4, "cannot load"),
-        ("config", {"num_image_tokens": 3}, 4, "cannot load"),
+        ("config", {"num_placeholders": 3}, 4, "cannot load"),
         ("config", {"image_token_id": None}, 4, "prompts for image_token_id 3, but its model has None"),
-        ("processor_config", {"num_image_tokens": 9}, 4, "prompts for num_image_tokens 9, but its model has 5"),
+        ("processor_config", {"num_placeholders": 9}, 4, "prompts for num_placeholders 9, but its model has 5"),
         ("processor_config", {"fusion": "gated_cross_attention"}, 4, "but its model has 'concat': take the processor"),
     ],
 )
@@ -213,7 +213,8 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path, photo, model_folder, 
     ],
 )
 def test_only_what_can_go_on_says_so(capsys, monkeypatch, command, stop, expected):
-    monkeypatch.setattr(f"acformer.commands.{command[0]}.run", lambda arguments: os.kill(os.getpid(), stop))
+    room = "acformer.lab.commands" if command[0] in ("quickstart", "reproduce") else "acformer.commands"
+    monkeypatch.setattr(f"{room}.{command[0]}.run", lambda arguments: os.kill(os.getpid(), stop))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     code, _, err = run(capsys, *command)

@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from acformer.cls_attention import ENCODERS, RECORDING, ClsAttentionTap, KernelListener, cls_row, num_prefix_tokens
 from acformer.errors import UsageError
-from acformer.vision import VisionEncoder, VisionFeatures, load_vision_encoder
+from acformer.vision.cls_attention import RECORDING, ClsAttentionTap, KernelListener, cls_row
+from acformer.vision.encoder import VisionEncoder, load_vision_encoder
+from acformer.vision.families import ENCODERS, num_prefix_tokens
+from acformer.vision.features import VisionFeatures
 
 KERNELS = ("sdpa", "eager")
 CLS_FAMILIES = ("clip_vision_model", "dinov2", "dinov2_with_registers")
@@ -166,12 +168,12 @@ def test_a_copy_has_a_tap_of_its_own(family, make_tower, pixels):
 
 
 def test_a_copy_keeps_levels_of_its_own(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family), levels=[0, 3])
-    expected = encode(encoder, pixels).levels
+    encoder = load_vision_encoder(make_tower(family), hidden_layers=[0, 3])
+    expected = encode(encoder, pixels).hidden_layers
     other = copy.deepcopy(encoder)
     other(pixels[:1])
-    assert torch.equal(encode(encoder, pixels).levels, expected)
-    assert encode(other, pixels[:1]).levels.shape == (1, *expected.shape[1:])
+    assert torch.equal(encode(encoder, pixels).hidden_layers, expected)
+    assert encode(other, pixels[:1]).hidden_layers.shape == (1, *expected.shape[1:])
 
 
 def test_a_pass_is_read_once(family, make_tower, pixels):
@@ -185,7 +187,7 @@ def test_a_pass_is_read_once(family, make_tower, pixels):
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model"])
 def test_compiles_into_one_graph(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family), levels=[0, 2])
+    encoder = load_vision_encoder(make_tower(family), hidden_layers=[0, 2])
     expected = encode(encoder, pixels)
     torch.compiler.reset()
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
@@ -193,16 +195,16 @@ def test_compiles_into_one_graph(family, make_tower, pixels):
         features = encode(compiled, pixels)
         assert torch.equal(features.tokens, expected.tokens), "the same kernels: no tolerance"
         assert torch.equal(features.cls_attention, expected.cls_attention)
-        assert torch.equal(features.levels, expected.levels)
+        assert torch.equal(features.hidden_layers, expected.hidden_layers)
     torch.compiler.reset()
 
 
 def test_exports(family, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family), levels=[0, 2])
+    encoder = load_vision_encoder(make_tower(family), hidden_layers=[0, 2])
     expected = encode(encoder, pixels)
     exported = torch.export.export(encoder, (pixels,)).module()
     assert torch.equal(encode(exported, pixels).cls_attention, expected.cls_attention)
-    assert torch.equal(encode(exported, pixels).levels, expected.levels)
+    assert torch.equal(encode(exported, pixels).hidden_layers, expected.hidden_layers)
 
 
 def test_every_family_is_tested():

@@ -182,7 +182,7 @@ def test_truncation_into_the_image_is_a_bad_sample(processor, pictures):
 def test_placeholders_and_images_are_counted_at_the_end(processor, pictures):
     dataset = ConversationDataset([make_sample("a", pictures[0])], processor)
     item = dataset[0]
-    processor.num_image_tokens = 7
+    processor.num_placeholders = 7
     with pytest.raises(DataError, match=f"{T} image tokens but 1 images x 7 in the batch a"):
         Collator(processor)([item])
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from acformer.anchors import select_anchors
+from acformer.anchors.search import select_anchors
 from acformer.connectors import Geometry, build_connector
-from acformer.vision import load_vision_encoder
+from acformer.vision.encoder import load_vision_encoder
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from acformer.anchors import select_anchors
+from acformer.anchors.search import select_anchors
+from acformer.anchors.selectors import SELECTORS
 from acformer.connectors import (
     CONNECTORS,
     Connector,
@@ -23,7 +24,6 @@ from acformer.connectors.merging import fuse_rest, merge_rest
 from acformer.connectors.queries import FusedQueries, LearnedQueries, PooledQueries, SelectedQueries
 from acformer.connectors.stack import StackConnector
 from acformer.errors import UsageError
-from acformer.selectors import SELECTORS
 
 SMALL = {
     "num_anchors": 9,
@@ -81,9 +81,9 @@ def test_every_parameter_learns(name, geometry, make_features):
 @names
 def test_a_step_without_pictures_reaches_every_weight(name):
     connector = small(name).train()
-    at_rest = connector.at_rest()
-    at_rest.backward()
-    assert at_rest.item() == 0
+    zero_loss = connector.zero_loss()
+    zero_loss.backward()
+    assert zero_loss.item() == 0
     assert all(bool((p.grad == 0).all()) for p in connector.parameters())
 
 

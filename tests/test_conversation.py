@@ -76,7 +76,7 @@ def make_processor(kind: str, template: str) -> SimpleNamespace:
         tokenizer=tokenizer,
         image_token="<image>",
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        num_image_tokens=T,
+        num_placeholders=T,
         chat_template=resolve_template(template, tokenizer),
     )
 
@@ -197,7 +197,7 @@ def test_plain_transformers_gives_the_same_ids(kind, template, data):
 def test_the_processors_own_chat_gives_the_same_ids(kind, template):
     parts = make_processor(kind, template)
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8)
-    processor = AcFormerProcessor(pictures, parts.tokenizer, chat_template=parts.chat_template, num_image_tokens=T)
+    processor = AcFormerProcessor(pictures, parts.tokenizer, chat_template=parts.chat_template, num_placeholders=T)
     image = {"type": "image", "image": Image.new("RGB", (8, 8))}
     messages = [
         {"role": "user", "content": [image, {"type": "text", "text": "What colour?"}]},
@@ -232,7 +232,7 @@ def test_the_layout_of_each_template():
     ids = {}
     for template in ("vicuna_v1", "plain", "tokenizer"):
         processor = make_processor("bytes", template)
-        ids[template] = encode_conversation(processor, messages, num_image_tokens=1).input_ids
+        ids[template] = encode_conversation(processor, messages, num_placeholders=1).input_ids
     decode = make_processor("bytes", "plain").tokenizer.decode
     turn = "USER: <image>\nWhat colour? ASSISTANT: Red.<|im_end|>"
     assert decode(ids["vicuna_v1"]) == (
@@ -350,7 +350,7 @@ def test_a_special_token_that_normalisation_makes_is_refused():
     processor = SimpleNamespace(
         tokenizer=tokenizer,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        num_image_tokens=T,
+        num_placeholders=T,
         chat_template=TEMPLATES["vicuna_v1"],
     )
     with pytest.raises(DataError, match="reads the text '</S>' as '</s>'"):

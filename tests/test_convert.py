@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration
 
 from acformer.connectors import Geometry, build_connector
-from acformer.convert import connector_from_release, from_llava, perceiver_from_release, stack_from_release
 from acformer.errors import CheckpointError
 from acformer.hf import AcFormerForConditionalGeneration
+from acformer.hf.convert import connector_from_release, from_llava, perceiver_from_release, stack_from_release
 
 RELEASE = load_file(Path(__file__).parent / "fixtures" / "resampler.safetensors")
 STATE = {name.removeprefix("state."): tensor for name, tensor in RELEASE.items() if name.startswith("state.")}
@@ -207,10 +207,10 @@ def llava(family: str = "clip_vision_model", seed: int = 0, **fields) -> LlavaFo
     return model
 
 
-def prompt(num_image_tokens: int) -> dict[str, Tensor]:
+def prompt(num_visual_tokens: int) -> dict[str, Tensor]:
     """Two sequences with an image each, at different places."""
     words = torch.arange(2 * 8).reshape(2, 8)
-    image = torch.full((num_image_tokens,), IMAGE_TOKEN)
+    image = torch.full((num_visual_tokens,), IMAGE_TOKEN)
     rows = [torch.cat([row[:cut], image, row[cut:]]) for row, cut in zip(words, (1, 5), strict=True)]
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     return {"input_ids": torch.stack(rows), "pixel_values": pixels}
@@ -223,13 +223,13 @@ def logits(model, inputs) -> Tensor:
 
 class TestLlava:
     @pytest.mark.parametrize("feature_layer", [-2, -1, 2])
-    @pytest.mark.parametrize(("strategy", "num_image_tokens"), [("default", 16), ("full", 17)])
-    def test_same_logits(self, feature_layer, strategy, num_image_tokens):
+    @pytest.mark.parametrize(("strategy", "num_visual_tokens"), [("default", 16), ("full", 17)])
+    def test_same_logits(self, feature_layer, strategy, num_visual_tokens):
         theirs = llava(vision_feature_layer=feature_layer, vision_feature_select_strategy=strategy)
         ours = from_llava(theirs)
         assert isinstance(ours, AcFormerForConditionalGeneration)
-        assert ours.config.num_image_tokens == num_image_tokens
-        inputs = prompt(num_image_tokens)
+        assert ours.config.num_placeholders == num_visual_tokens
+        inputs = prompt(num_visual_tokens)
         # Measured 0 in logits up to 1.8: the same kernels on the same weights.
         torch.testing.assert_close(logits(ours, inputs), logits(theirs, inputs), rtol=0, atol=1e-5)
 

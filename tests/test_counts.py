@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acformer.anchors import select_anchors
-from acformer.vision import load_vision_encoder
+from acformer.anchors.search import select_anchors
+from acformer.vision.encoder import load_vision_encoder
 
 BATCH, HEADS, PATCHES, PREFIX = 2, 4, 64, 1
 KEYS = PREFIX + PATCHES

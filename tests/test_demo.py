@@ -16,22 +16,23 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from acformer.anchors import select_anchors, select_anchors_reference
-from acformer.bench.floors import kv_bytes
-from acformer.commands import demo
-from acformer.demo.canvas import View, draw
-from acformer.demo.examples import ANY_MODEL, QUESTIONS, pictures, questions, trained_on
-from acformer.demo.ledger import cards, duration, size, table
-from acformer.demo.look import Eye
-from acformer.demo.pins import Pins, steer
-from acformer.demo.respondent import Respondent
-from acformer.demo.start import newest_run, opening
-from acformer.demo.visit import MAX_QUESTION, MAX_ROUNDS, Guide
+from acformer.anchors.search import select_anchors, select_anchors_reference
+from acformer.anchors.selectors import SELECTORS
+from acformer.data.datasets import DATASETS
 from acformer.errors import CheckpointError, ImageError, UsageError
 from acformer.evaluate.generate import ask
-from acformer.recipe import load_recipe
-from acformer.selectors import SELECTORS
-from acformer.vision import VisionFeatures
+from acformer.lab.bench.floors import kv_bytes
+from acformer.lab.commands import demo
+from acformer.lab.demo.canvas import View, draw
+from acformer.lab.demo.examples import ANY_MODEL, pictures, questions, trained_on
+from acformer.lab.demo.ledger import cards, duration, size, table
+from acformer.lab.demo.look import Eye
+from acformer.lab.demo.pins import Pins, steer
+from acformer.lab.demo.respondent import Respondent
+from acformer.lab.demo.start import newest_run, opening
+from acformer.lab.demo.visit import MAX_QUESTION, MAX_ROUNDS, Guide
+from acformer.training.recipe import load_recipe
+from acformer.vision.features import VisionFeatures
 from acformer.viz.find import anchors_by_head
 from acformer.viz.overlay import patch_box
 
@@ -40,7 +41,7 @@ QUESTION = "red or green"
 
 def respondent(connector="acformer", **kwargs):
     model = tiny.model(connector, **kwargs)
-    processor = tiny.processor(model.config.num_image_tokens, model.config.image_size, fusion=model.config.fusion)
+    processor = tiny.processor(model.config.num_placeholders, model.config.image_size, fusion=model.config.fusion)
     return Respondent(f"{connector} <tiny>", model, processor)
 
 
@@ -159,7 +160,7 @@ def test_answers_are_those_of_ask(num_tokens, tmp_path):
     one = respondent()
     tiny.picture(3).save(path := tmp_path / "picture.png")
     answer = one.answer(one.eye(tiny.picture(3)), QUESTION, num_tokens, Pins(), max_new_tokens=8)
-    said = ask(one.model, one.processor, path, QUESTION, num_image_tokens=num_tokens, max_new_tokens=8)
+    said = ask(one.model, one.processor, path, QUESTION, num_visual_tokens=num_tokens, max_new_tokens=8)
     assert (answer.text, answer.num_tokens) == (said, num_tokens)
 
 
@@ -183,7 +184,7 @@ def test_kv_bytes_are_those_of_the_cache():
     one = respondent()
     look = one.eye(tiny.picture())
     answer = one.answer(look, QUESTION, 5, Pins(), max_new_tokens=8)
-    image = one.model.get_image_features(vision_features=look.features, num_image_tokens=5)
+    image = one.model.get_image_features(vision_features=look.features, num_visual_tokens=5)
     ids = torch.tensor([one._prompt(QUESTION, 5)])
     output = one.model.generate(
         ids, mm_encoder_outputs={"image": image}, do_sample=False, max_new_tokens=8, return_dict_in_generate=True,
@@ -386,7 +387,7 @@ def test_sizes(num_bytes, text):
 def test_examples_need_no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
     assert list(pictures()) == ["A shape"]
-    assert questions("openmoji-scenes-small") == QUESTIONS["openmoji-scenes"]
+    assert questions("openmoji-scenes-small") == DATASETS["openmoji-scenes"].example_questions()
     assert questions("") == questions("mine.json") == ANY_MODEL
 
 
@@ -412,16 +413,16 @@ def test_the_newest_run_opens(runs):
 
 
 def test_an_opening(runs, monkeypatch):
-    monkeypatch.setattr("acformer.demo.start.RUNS", runs)
+    monkeypatch.setattr("acformer.lab.demo.start.RUNS", runs)
     start = opening(None, str(runs), "auto", torch.device("cpu"))
     assert len(start.guide.respondents) == 2
-    assert (start.num_anchors, start.questions) == (4, QUESTIONS["easy-vqa"])
+    assert (start.num_anchors, start.questions) == (4, DATASETS["easy-vqa"].example_questions())
     assert next(iter(start.pictures)) == "A shape"
 
 
 def test_nothing_to_open_with(tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
-    monkeypatch.setattr("acformer.demo.start.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("acformer.lab.demo.start.RUNS", tmp_path / "runs")
     with pytest.raises(CheckpointError, match="acformer fetch dinov2-s14"):
         opening(None, None, "auto", torch.device("cpu"))
     with pytest.raises(CheckpointError, match="no model in"):
@@ -430,7 +431,7 @@ def test_nothing_to_open_with(tmp_path, monkeypatch):
 
 @pytest.mark.embedded
 def test_an_opening_without_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("acformer.demo.start.RUNS", tmp_path)
+    monkeypatch.setattr("acformer.lab.demo.start.RUNS", tmp_path)
     start = opening(None, None, "auto", torch.device("cpu"))
     assert list(start.pictures) == ["A photograph", "A scene", "A shape"]
     visit = start.guide.open(start.pictures["A photograph"])
@@ -441,7 +442,7 @@ def test_an_opening_without_a_model(tmp_path, monkeypatch):
 def test_the_command_without_gradio(monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "acformer.demo.app", raising=False)
+    monkeypatch.delitem(sys.modules, "acformer.lab.demo.app", raising=False)
     common, parser = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser()
     demo.add(parser.add_subparsers(), common)
     arguments = parser.parse_args(["demo", "--port", "8000"])

@@ -29,12 +29,12 @@ sync_api = pytest.importorskip("playwright.sync_api", reason=WHY)
 
 import httpx  # noqa: E402 (comes with gradio)
 
-from acformer.commands import demo  # noqa: E402
-from acformer.demo.app import Page  # noqa: E402
-from acformer.demo.respondent import Respondent  # noqa: E402
-from acformer.demo.start import Opening  # noqa: E402
-from acformer.demo.visit import Guide  # noqa: E402
 from acformer.errors import UsageError  # noqa: E402
+from acformer.lab.commands import demo  # noqa: E402
+from acformer.lab.demo.app import Page  # noqa: E402
+from acformer.lab.demo.respondent import Respondent  # noqa: E402
+from acformer.lab.demo.start import Opening  # noqa: E402
+from acformer.lab.demo.visit import Guide  # noqa: E402
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -47,7 +47,7 @@ expect = sync_api.expect
 
 def respondent(connector):
     model = tiny.model(connector)
-    return Respondent(f"{connector} (tiny)", model, tiny.processor(model.config.num_image_tokens))
+    return Respondent(f"{connector} (tiny)", model, tiny.processor(model.config.num_placeholders))
 
 
 def serve(opening):
@@ -414,7 +414,8 @@ def test_the_command(url, tmp_path):
     with pytest.raises(UsageError, match="choose another --port"):
         demo.run(argparse.Namespace(**options, port=urlsplit(url).port))
     code = (
-        f"from argparse import Namespace as N; from acformer.commands.demo import run; run(N(**{options}, port=None))"
+        "from argparse import Namespace as N; from acformer.lab.commands.demo import run; "
+        f"run(N(**{options}, port=None))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -16,10 +16,10 @@ import torch
 import yaml
 
 from acformer import cli
+from acformer.anchors.selectors import SELECTORS
 from acformer.connectors import CONNECTORS, Geometry, build_connector
-from acformer.fusion import build_fusion
-from acformer.recipe import Recipe, list_recipes, load_recipe
-from acformer.selectors import SELECTORS
+from acformer.hf.fusion import build_fusion
+from acformer.training.recipe import Recipe, list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]

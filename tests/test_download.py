@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from acformer import download
-from acformer.download import configured_index, download_wheel, whole_folder
 from acformer.errors import DataError, UsageError
+from acformer.fetch import download
+from acformer.fetch.download import configured_index, download_wheel
+from acformer.files import whole_folder
 
 NAME = "tiny_wheel-1.0-py3-none-any.whl"
 BODY = bytes(range(256)) * 2000  # half a megabyte, several chunks

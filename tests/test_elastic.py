@@ -9,18 +9,18 @@ import tiny
 import torch
 from test_train import data, recipe, weights  # noqa: F401 (fixtures)
 
-from acformer.checkpoints import load_model
+from acformer.anchors.selectors import SELECTORS
 from acformer.connectors import Geometry, build_connector
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import IGNORE
+from acformer.data.datasets import load_samples
 from acformer.data.samples import Sample
-from acformer.data.sources import load_samples
-from acformer.elastic import ElasticBudget, elastic_choices, without
 from acformer.errors import UsageError
 from acformer.evaluate.generate import answer
 from acformer.hf import AcFormerForConditionalGeneration
-from acformer.selectors import SELECTORS
-from acformer.train import train
+from acformer.hf.checkpoints import load_model
+from acformer.training.elastic import ElasticBudget, drop_positions, elastic_choices
+from acformer.training.stages import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 SMALL = tiny.CONNECTORS["acformer"]
@@ -39,8 +39,8 @@ def batch(tmp_path):
         messages = ({"role": "user", "content": parts}, {"role": "assistant", "content": "red " * (number + 1)})
         samples.append(Sample(str(number), messages, paths, file="x", record=number))
 
-    def make(num_image_tokens: int) -> dict:
-        processor = tiny.processor(num_image_tokens)
+    def make(num_placeholders: int) -> dict:
+        processor = tiny.processor(num_placeholders)
         dataset = ConversationDataset(samples, processor)
         return Collator(processor)([dataset[index] for index in range(len(dataset))])
 
@@ -52,9 +52,9 @@ def batch(tmp_path):
 
 def test_a_step_draws_its_own_number_and_always_the_same():
     budget = ElasticBudget(tuple(range(2, 18)), 0, None)
-    drawn = [budget.draw(step) for step in range(3200)]
-    assert drawn == [ElasticBudget(tuple(range(2, 18)), 0, None).draw(step) for step in range(3200)]
-    assert drawn[:20] != [ElasticBudget(tuple(range(2, 18)), 1, None).draw(step) for step in range(20)]
+    drawn = [budget.sample(step) for step in range(3200)]
+    assert drawn == [ElasticBudget(tuple(range(2, 18)), 0, None).sample(step) for step in range(3200)]
+    assert drawn[:20] != [ElasticBudget(tuple(range(2, 18)), 1, None).sample(step) for step in range(20)]
     counts = Counter(drawn)
     assert set(counts) == set(range(2, 18))
     # 200 of each are expected, 13.7 is one sigma; the draw is fixed, so this holds always or never.
@@ -85,9 +85,9 @@ def test_numbers_in_between_that_do_not_fit_are_not_drawn():
 @pytest.mark.parametrize("wanted", [2, 5, 9])
 def test_a_cut_batch_is_the_batch_of_that_budget(batch, wanted):
     budget = ElasticBudget((wanted, 9) if wanted < 9 else (9,), 0, tiny.processor())
-    step = next(step for step in range(99) if budget.draw(step) == wanted)
+    step = next(step for step in range(99) if budget.sample(step) == wanted)
     cut, expected = budget(batch(9), step), batch(wanted)
-    assert cut.pop("num_image_tokens") == wanted
+    assert cut.pop("num_visual_tokens") == wanted
     assert cut.keys() == expected.keys()
     for key in ("input_ids", "attention_mask", "labels", "pixel_values"):
         assert torch.equal(cut[key], expected[key]), key
@@ -99,10 +99,10 @@ def test_positions_are_dropped_and_rows_closed_up():
         "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]]),
     }
     dropped = torch.tensor([[False, True, False, True], [False] * 4])
-    left = without(dropped, text, {"input_ids": 9, "attention_mask": 0})
+    left = drop_positions(dropped, text, {"input_ids": 9, "attention_mask": 0})
     assert left["input_ids"].tolist() == [[1, 3], [5, 6]]
     assert left["attention_mask"].tolist() == [[1, 1], [1, 1]]
-    left = without(~dropped, text, {"input_ids": 9, "attention_mask": 0})
+    left = drop_positions(~dropped, text, {"input_ids": 9, "attention_mask": 0})
     assert left["input_ids"].tolist() == [[2, 4], [9, 9]]
     assert left["attention_mask"].tolist() == [[1, 1], [0, 0]]
 
@@ -112,11 +112,11 @@ def test_labels_of_a_cut_batch_give_the_loss_of_its_budget(batch):
     cut = ElasticBudget((3,), 0, tiny.processor())  # the largest is what the samples were encoded with: nothing to cut
     assert torch.equal(cut(batch(3), 0)["labels"], batch(3)["labels"])
     budget = ElasticBudget((3, 9), 0, tiny.processor())
-    step = next(step for step in range(99) if budget.draw(step) == 3)
+    step = next(step for step in range(99) if budget.sample(step) == 3)
     given, own = budget(batch(9), step), batch(3)
     for inputs in (given, own):
         inputs.pop("sample_ids")
-    assert torch.equal(model(**given).loss, model(**own, num_image_tokens=3).loss)
+    assert torch.equal(model(**given).loss, model(**own, num_visual_tokens=3).loss)
     assert (given["labels"] != IGNORE).sum() == (labels != IGNORE).sum()
 
 
@@ -126,7 +126,7 @@ def test_labels_of_a_cut_batch_give_the_loss_of_its_budget(batch):
 def answers(folder, data, tokens: int | None) -> list[str]:  # noqa: F811
     model, processor = load_model(str(folder))
     samples = load_samples(str(data / "questions.json"))
-    return list(answer(model, processor, samples, num_image_tokens=tokens, max_new_tokens=6, progress=False))
+    return list(answer(model, processor, samples, num_visual_tokens=tokens, max_new_tokens=6, progress=False))
 
 
 def test_one_checkpoint_serves_any_budget(recipe, data, monkeypatch):  # noqa: F811
@@ -137,20 +137,20 @@ def test_one_checkpoint_serves_any_budget(recipe, data, monkeypatch):  # noqa: F
     def watched(self, *args, **kwargs):
         output = whole(self, *args, **kwargs)
         if self.training:
-            seen.append((kwargs["num_image_tokens"], len(output.image_hidden_states) // 4, kwargs["input_ids"].shape))
+            seen.append((kwargs["num_visual_tokens"], len(output.image_hidden_states) // 4, kwargs["input_ids"].shape))
         return output
 
     monkeypatch.setattr(AcFormerForConditionalGeneration, "forward", watched)
     steps = "finetune.training.max_steps=12"
     folder = train(recipe("stage=finetune", "pretrain=null", "finetune.elastic=[2, 17]", steps), progress=False)
     budget = ElasticBudget(tuple(range(2, 18)), 0, None)
-    assert [tokens for tokens, _, _ in seen] == [budget.draw(step) for step in range(12)]
+    assert [tokens for tokens, _, _ in seen] == [budget.sample(step) for step in range(12)]
     assert len({tokens for tokens, _, _ in seen}) > 6
     assert all(asked == given for asked, given, _ in seen)
     lengths = {tokens: shape[1] for tokens, _, shape in seen}
     assert all(lengths[a] - lengths[b] == a - b for a in lengths for b in lengths), "a smaller budget is a shorter row"
     _, processor = load_model(str(folder))
-    assert processor.num_image_tokens == 5, "the connector's own number is what it is saved with"
+    assert processor.num_placeholders == 5, "the connector's own number is what it is saved with"
     said = {tokens: answers(folder, data, tokens) for tokens in (2, 5, 17)}
     assert {len(answers) for answers in said.values()} == {12}
     assert said[5] == answers(folder, data, None)
@@ -186,7 +186,7 @@ def test_it_works_with_cached_features_groups_and_a_loaders_workers(recipe):  # 
 def test_with_gated_cross_attention_the_prompt_stays_as_it_is(recipe):  # noqa: F811
     gated = ["model.fusion=gated_cross_attention", "finetune.learning_rates.fusion=0.01"]
     folder = train(recipe("stage=finetune", "pretrain=null", "finetune.elastic=[2, 9]", *gated), progress=False)
-    assert load_model(str(folder))[1].num_image_tokens == 1
+    assert load_model(str(folder))[1].num_placeholders == 1
 
 
 # What is wrong

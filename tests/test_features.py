@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from acformer.data.collate import stack_features
 from acformer.errors import ImageError, UsageError
-from acformer.features import FeatureCache, encoder_key
+from acformer.vision.feature_cache import FeatureCache, encoder_key
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_levels_are_kept_and_read_back(pictures, tmp_path):
     def open_cache():
         tower = model.model.vision_tower
         folder, encode = tmp_path / "cache", model.get_vision_features
-        return FeatureCache(folder, encode, tower, image_processor, levels=connector.levels)
+        return FeatureCache(folder, encode, tower, image_processor, hidden_layers=connector.hidden_layers)
 
     cache = open_cache()
     cache.add(pictures[:2], batch_size=1, progress=False)
@@ -214,12 +214,14 @@ def test_levels_are_kept_and_read_back(pictures, tmp_path):
     again.encode = None
     again.add(pictures[:2], progress=False)
     stored = again(pictures[1])
-    assert stored["levels"].dtype == torch.float16
-    assert stored["levels"].shape == (1, 17, 32)
-    torch.testing.assert_close(stored["levels"].float(), live.levels[0], rtol=1e-3, atol=1e-3)  # float16's rounding
+    assert stored["hidden_layers"].dtype == torch.float16
+    assert stored["hidden_layers"].shape == (1, 17, 32)
+    torch.testing.assert_close(
+        stored["hidden_layers"].float(), live.hidden_layers[0], rtol=1e-3, atol=1e-3
+    )  # float16's rounding
     batch = stack_features([pictures[1], pictures[0], pictures[1]], again)
     prompt = ["USER: <image> ASSISTANT:"] * 3
-    inputs = tiny.inputs(prompt, num_image_tokens=4, images=[[tiny.picture(seed)] for seed in (1, 0, 1)])
+    inputs = tiny.inputs(prompt, num_visual_tokens=4, images=[[tiny.picture(seed)] for seed in (1, 0, 1)])
     expected = model(**inputs).logits
     del inputs["pixel_values"]
     # Measured 3.5e-3 of logits up to 2.4: the features are rounded to float16.
@@ -240,13 +242,13 @@ def test_what_the_connector_reads_is_part_of_the_key(model):
     tower, processor = model.model.vision_tower, tiny.processor().image_processor
     keys = {
         encoder_key(tower, processor),
-        encoder_key(tower, processor, levels=(1,)),
-        encoder_key(tower, processor, levels=(1, 2)),
+        encoder_key(tower, processor, hidden_layers=(1,)),
+        encoder_key(tower, processor, hidden_layers=(1, 2)),
         encoder_key(tower, processor, input_grid=(2, 2)),
         encoder_key(tower, processor, input_grid=(1, 4)),
     }
     assert len(keys) == 5
-    assert encoder_key(tower, processor, levels=(1,)) == encoder_key(tower, processor, levels=[1])
+    assert encoder_key(tower, processor, hidden_layers=(1,)) == encoder_key(tower, processor, hidden_layers=[1])
 
 
 def test_other_weights_or_pixels_are_another_cache(model):

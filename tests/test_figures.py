@@ -16,17 +16,18 @@ from PIL import Image
 from transformers import BitImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from acformer import cli
-from acformer.anchors import select_anchors
-from acformer.build import square_image_processor
+from acformer.anchors.search import select_anchors
 from acformer.connectors.blocks import CrossAttention
 from acformer.errors import UsageError
 from acformer.evaluate.generate import ask
-from acformer.viz import Anchors, pca_colours
-from acformer.viz.layers import LayerReader, Layers, draw_contact_sheet, draw_layers, ten_depths
-from acformer.viz.panels import within_picture
-from acformer.viz.reading import Reading, middle, read_answer
-from acformer.viz.reading_figure import draw_reading
-from acformer.viz.sheet import save
+from acformer.hf.build import square_image_processor
+from acformer.lab.figures.layers import LayerReader, Layers, draw_contact_sheet, draw_layers, ten_depths
+from acformer.lab.figures.panels import within_picture
+from acformer.lab.figures.pca import pca_colours
+from acformer.lab.figures.reading import Reading, middle, read_answer
+from acformer.lab.figures.reading_figure import draw_reading
+from acformer.lab.figures.sheet import save
+from acformer.viz import Anchors
 from acformer.viz.sources import attention_weights, token_sources
 
 DIRECT = ("mlp", "linear", "pooling", "top_p", "e_vit")
@@ -292,7 +293,7 @@ def photo(tmp_path):
 
 def read(name, photo, **kwargs):
     model = tiny.model(name)
-    return read_answer(model, tiny.processor(model.config.num_image_tokens), photo, QUESTION, num_anchors=4, **kwargs)
+    return read_answer(model, tiny.processor(model.config.num_placeholders), photo, QUESTION, num_anchors=4, **kwargs)
 
 
 @pytest.mark.parametrize("name", [*DIRECT, *STACKS])
@@ -332,7 +333,7 @@ def test_the_map_is_the_attention_of_the_answers_words(photo):
 
 
 def test_another_number_of_tokens(photo):
-    assert read("acformer", photo, num_image_tokens=3).num_tokens == 3
+    assert read("acformer", photo, num_visual_tokens=3).num_tokens == 3
     assert read("acformer", photo).num_tokens == 5
 
 

@@ -11,15 +11,15 @@ from test_train import data, recipe  # noqa: F401 (fixtures)
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, GenerationConfig
 
-from acformer.checkpoints import load_model
 from acformer.data.samples import Sample
 from acformer.errors import UsageError
 from acformer.evaluate.generate import answer
-from acformer.fusion import FUSIONS, GatedBlock, VisualContext, build_fusion
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerModel, AcFormerProcessor
-from acformer.recipe import load_recipe
-from acformer.train import train
-from acformer.trainer import freeze
+from acformer.hf.checkpoints import load_model
+from acformer.hf.fusion import FUSIONS, GatedBlock, VisualContext, build_fusion
+from acformer.training.recipe import load_recipe
+from acformer.training.stages import train
+from acformer.training.trainer import freeze
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -211,10 +211,10 @@ def test_features_stand_in_for_pixels():
 
 def test_any_budget_with_one_place_in_the_prompt():
     model, processor = opened(), tiny.processor(1, fusion=GATED)
-    assert model.config.num_image_tokens == 1
+    assert model.config.num_placeholders == 1
     assert model.model.connector.num_tokens == 5
     for budget in (1, 2, 9):
-        given = processor([tiny.picture()], ONE, return_tensors="pt", num_image_tokens=budget)
+        given = processor([tiny.picture()], ONE, return_tensors="pt", num_visual_tokens=budget)
         assert (given["input_ids"] == model.config.image_token_id).sum() == 1
         if budget == 1:
             with pytest.raises(UsageError, match=r"num_anchors must be in 1\.\.16"):
@@ -252,8 +252,8 @@ def test_answers_of_the_evaluation(tmp_path):
     model, processor = opened(), tiny.processor(1, fusion=GATED)
     options = {"batch_size": 2, "progress": False, "max_new_tokens": 6}
     own = list(answer(model, processor, samples, **options))
-    assert own == list(answer(model, processor, samples, num_image_tokens=5, **options))
-    assert own != list(answer(model, processor, samples, num_image_tokens=2, **options))
+    assert own == list(answer(model, processor, samples, num_visual_tokens=5, **options))
+    assert own != list(answer(model, processor, samples, num_visual_tokens=2, **options))
 
 
 # Checkpoints, copies, graphs of gradients
@@ -266,7 +266,7 @@ def test_a_checkpoint_and_its_processor(tmp_path):
     loaded, processor = load_model(str(tmp_path))
     assert torch.equal(loaded(**given).logits, model(**given).logits)
     assert torch.equal(greedy(loaded, given), greedy(model, given))
-    assert (processor.fusion, processor.num_image_tokens) == (GATED, 1)
+    assert (processor.fusion, processor.num_placeholders) == (GATED, 1)
     bare = AcFormerModel.from_pretrained(tmp_path)
     assert torch.equal(model.lm_head(bare(**given).last_hidden_state), model(**given).logits)
 
@@ -375,7 +375,7 @@ def test_names_and_options():
     with pytest.raises(UsageError, match=f"unknown fusion 'gated'; .*valid: concat, {GATED}"):
         tiny.model(fusion="gated")
     with pytest.raises(UsageError, match="unknown fusion 'gated'"):
-        tiny.config(fusion="gated").num_image_tokens  # noqa: B018
+        tiny.config(fusion="gated").num_placeholders  # noqa: B018
     with pytest.raises(UsageError, match=f"option of fusion '{GATED}' 'evry'; did you mean 'every'"):
         closed(evry=2)
     for option, value in (("every", 0), ("every", 1.5), ("num_heads", "2"), ("head_dim", True), ("ff_mult", -1)):
@@ -394,7 +394,7 @@ def test_a_recipe_trains_it(recipe, tmp_path):  # noqa: F811
     rates = ["pretrain.learning_rates.fusion=0.01", "finetune.learning_rates.fusion=0.01"]
     folder = train(recipe(*fusion, *rates), progress=False)
     model, processor = load_model(str(tmp_path / "run"))
-    assert (processor.num_image_tokens, processor.fusion) == (1, GATED)
+    assert (processor.num_placeholders, processor.fusion) == (1, GATED)
     assert folder.exists()
     for block in model.model.fusion.blocks:
         assert block.attention_gate.item() != 0

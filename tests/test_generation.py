@@ -25,14 +25,14 @@ def model(request):
 
 def prompts(model):
     """Three rows with one, two and no images, padded on the left."""
-    processor = tiny.processor(model.config.num_image_tokens, fusion=model.config.fusion)
+    processor = tiny.processor(model.config.num_placeholders, fusion=model.config.fusion)
     images = [[tiny.picture(0)], tiny.pictures([1, 2]), []]
     return processor(images, [ONE, TWO, NONE], return_tensors="pt", padding=True, padding_side="left")
 
 
 def test_the_batch_does_not_change_the_answer(model):
     """With nothing said about padding: of a call, and of transformers' pipeline."""
-    processor = tiny.processor(model.config.num_image_tokens, fusion=model.config.fusion)
+    processor = tiny.processor(model.config.num_placeholders, fusion=model.config.fusion)
     texts, images = [ONE, TWO, NONE], [[tiny.picture(0)], tiny.pictures([1, 2]), []]
     inputs = processor(images, texts, return_tensors="pt", padding=True)
     together = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
@@ -98,13 +98,13 @@ def test_image_tokens_stand_in_for_pixels(model):
     inputs = prompts(model)
     said = model.generate(**inputs, **GREEDY)
     tokens = tokens_for(model, inputs)
-    assert torch.equal(model.generate(**inputs, image_tokens=tokens, **GREEDY), said)
+    assert torch.equal(model.generate(**inputs, visual_tokens=tokens, **GREEDY), said)
     stacked = torch.stack(tokens)
-    assert torch.equal(model.generate(**inputs, image_tokens=stacked, **GREEDY), said)
+    assert torch.equal(model.generate(**inputs, visual_tokens=stacked, **GREEDY), said)
     with pytest.raises(ValueError, match="the images give"):
-        model.generate(**inputs, image_tokens=tokens[:2], **GREEDY)
+        model.generate(**inputs, visual_tokens=tokens[:2], **GREEDY)
     with pytest.raises(ValueError, match="the images give 0"):
-        model.generate(**inputs, image_tokens=[], **GREEDY)
+        model.generate(**inputs, visual_tokens=[], **GREEDY)
 
 
 def test_beams_read_the_image_tokens_of_their_row(model):
@@ -112,12 +112,12 @@ def test_beams_read_the_image_tokens_of_their_row(model):
         pytest.skip("transformers does not repeat them for its beams before 5.19 (the counts are refused)")
     inputs, beams = prompts(model), {"num_beams": 2, "num_return_sequences": 2, **GREEDY}
     said = model.generate(**inputs, **beams)
-    assert torch.equal(model.generate(**inputs, image_tokens=tokens_for(model, inputs), **beams), said)
+    assert torch.equal(model.generate(**inputs, visual_tokens=tokens_for(model, inputs), **beams), said)
 
 
 def test_no_images_are_an_empty_list(model):
     inputs = tiny.inputs(NONE)
-    assert torch.equal(model.generate(**inputs, image_tokens=[], **GREEDY), model.generate(**inputs, **GREEDY))
+    assert torch.equal(model.generate(**inputs, visual_tokens=[], **GREEDY), model.generate(**inputs, **GREEDY))
 
 
 def test_images_cost_one_encoder_pass_and_t_places_of_the_prompt(model):
@@ -141,7 +141,7 @@ def test_a_static_cache_changes_no_token(model):
     said = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, cache_implementation="static", **GREEDY), said)
     tokens = tokens_for(model, inputs)
-    assert torch.equal(model.generate(**inputs, image_tokens=tokens, cache_implementation="static", **GREEDY), said)
+    assert torch.equal(model.generate(**inputs, visual_tokens=tokens, cache_implementation="static", **GREEDY), said)
     assert len(said[:, -8:].unique()) > 3
 
 

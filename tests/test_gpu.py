@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from acformer.anchors import HAS_TRITON, select_anchors, select_anchors_reference, select_anchors_torch
+from acformer.anchors.search import HAS_TRITON, select_anchors, select_anchors_reference, select_anchors_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,7 +105,9 @@ def test_launches_and_time(search, capsys):
 
 @pytest.mark.parametrize("connector", tiny.CONNECTORS)
 def test_the_same_answer(connector):
-    batch = tiny.inputs("<image> what?", tiny.picture(), num_image_tokens=tiny.model(connector).config.num_image_tokens)
+    batch = tiny.inputs(
+        "<image> what?", tiny.picture(), num_visual_tokens=tiny.model(connector).config.num_placeholders
+    )
     model = tiny.model(connector)
     expected = model.generate(**batch, max_new_tokens=8, do_sample=False)
     there = model.to(torch.accelerator.current_accelerator())

@@ -12,7 +12,7 @@ from test_fusion import GATED, opened
 from acformer.data.samples import Sample
 from acformer.errors import ImageError, UsageError
 from acformer.evaluate.generate import answer, ask, converse, prompt_inputs
-from acformer.image_tokens import ImageTokens
+from acformer.hf.visual_token_cache import VisualTokenCache
 from acformer.images import load_image
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
@@ -63,7 +63,7 @@ def question(key, *images, words="what?"):
 def without(parts, messages, images, budget=None, tokens=8) -> str:
     """An answer of the model alone, from pixels."""
     model, processor = parts
-    inputs = prompt_inputs(processor, [messages], images, num_image_tokens=budget)
+    inputs = prompt_inputs(processor, [messages], images, num_visual_tokens=budget)
     ids = model.generate(
         **inputs, do_sample=False, max_new_tokens=tokens, eos_token_id=processor.tokenizer.eos_token_id
     )
@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_model_alone_and_each_picture_runs_once(parts, 
         question("4", c, a),
         question("5", a, words="where?"),
     ]
-    options = {"num_image_tokens": budget, "max_new_tokens": 8, "progress": False}
+    options = {"num_visual_tokens": budget, "max_new_tokens": 8, "progress": False}
     for batch_size in (1, 2, 6):
         for counts in runs.values():
             counts.clear()
@@ -92,7 +92,7 @@ def test_answers_are_those_of_the_model_alone_and_each_picture_runs_once(parts, 
 
 
 def test_turns_of_a_dialogue_run_the_picture_once(parts, pictures, runs):
-    kept, questions = ImageTokens(*parts), ["what?", "which colour is it?", "and where?"]
+    kept, questions = VisualTokenCache(*parts), ["what?", "which colour is it?", "and where?"]
     said = list(converse(*parts, pictures[0], questions, tokens=kept, max_new_tokens=8))
     assert ask(*parts, pictures[0], questions[0], tokens=kept, max_new_tokens=8) == said[0]
     assert runs == {"encoder": [1], "connector": [1]}
@@ -130,7 +130,7 @@ def test_a_question_is_asked_for_when_the_one_before_is_answered(parts, pictures
 
 
 def test_a_picture_is_known_by_its_content(parts, pictures, runs, tmp_path):
-    kept = ImageTokens(*parts)
+    kept = VisualTokenCache(*parts)
     twin = tmp_path / "twin.png"
     twin.write_bytes(pictures[0].read_bytes())
     first, second, third = kept([pictures[0], twin, pictures[0].read_bytes()])
@@ -143,7 +143,7 @@ def test_a_picture_is_known_by_its_content(parts, pictures, runs, tmp_path):
 
 
 def test_another_t_or_edit_runs_the_connector_alone(parts, pictures, runs):
-    kept = ImageTokens(*parts)
+    kept = VisualTokenCache(*parts)
     model, processor = parts
     of = {}
     for budget in (None, 3, 9, 5, None):
@@ -156,7 +156,7 @@ def test_another_t_or_edit_runs_the_connector_alone(parts, pictures, runs):
         features = model.get_vision_features(pixels)
         for (budget, edit), tokens in of.items():
             seen = features if edit is None else edit(features)
-            expected = model.get_image_features(vision_features=seen, num_image_tokens=budget).pooler_output[0]
+            expected = model.get_image_features(vision_features=seen, num_visual_tokens=budget).pooler_output[0]
             torch.testing.assert_close(tokens, expected, rtol=0, atol=0)
     assert not torch.equal(of[5, None], of[5, Pins((7,))])
 
@@ -172,13 +172,13 @@ def known(parts, pictures):
 
 
 def test_features_known_beforehand_are_taken(parts, pictures, known, runs):
-    kept = ImageTokens(*parts, features=known.__getitem__)
-    torch.testing.assert_close(kept(pictures), ImageTokens(*parts)(pictures))
+    kept = VisualTokenCache(*parts, features=known.__getitem__)
+    torch.testing.assert_close(kept(pictures), VisualTokenCache(*parts)(pictures))
     assert runs["encoder"] == [4], "of the second alone"
 
 
 def test_the_least_recently_used_makes_room(parts, pictures, known, runs):
-    kept = ImageTokens(*parts, features=known.__getitem__)
+    kept = VisualTokenCache(*parts, features=known.__getitem__)
     kept(pictures)
     kept.max_bytes = 3 * kept.size // 4  # three pictures
     kept.clear()
@@ -189,11 +189,11 @@ def test_the_least_recently_used_makes_room(parts, pictures, known, runs):
     assert len(runs["connector"]) == 4
     kept([pictures[1]])
     assert len(runs["connector"]) == 5
-    assert len(ImageTokens(*parts, max_bytes=0)(pictures)) == 4, "nothing is kept, everything is given"
+    assert len(VisualTokenCache(*parts, max_bytes=0)(pictures)) == 4, "nothing is kept, everything is given"
 
 
 def test_the_encoders_output_goes_before_the_tokens_that_are_in_use(parts, pictures, runs):
-    kept = ImageTokens(*parts)
+    kept = VisualTokenCache(*parts)
     kept(pictures[:1])
     kept.max_bytes = kept.size * 3 // 2
     for number in (0, 1, 0, 2, 0):
@@ -202,13 +202,13 @@ def test_the_encoders_output_goes_before_the_tokens_that_are_in_use(parts, pictu
 
 
 def test_nothing_is_shared_with_what_is_kept_of_others(parts, pictures):
-    tokens = ImageTokens(*parts)(pictures)
+    tokens = VisualTokenCache(*parts)(pictures)
     assert len({token.untyped_storage().data_ptr() for token in tokens}) == 4
     assert all(token.untyped_storage().nbytes() == token.nbytes for token in tokens)
 
 
 def test_what_cannot_be_given(parts, pictures, tmp_path):
-    kept = ImageTokens(*parts)
+    kept = VisualTokenCache(*parts)
     pictures[0].write_bytes(b"no picture")
     for bad, reason in ((pictures[0], "not a"), (tmp_path / "gone.png", "cannot be read"), (b"", "empty")):
         with pytest.raises(ImageError, match=reason):
@@ -221,7 +221,7 @@ def test_what_cannot_be_given(parts, pictures, tmp_path):
 
 
 def test_weights_that_changed_want_a_clear(parts, pictures):
-    kept = ImageTokens(*parts)
+    kept = VisualTokenCache(*parts)
     (before,) = kept(pictures[:1])
     with torch.no_grad():
         for weight in parts[0].model.connector.parameters():

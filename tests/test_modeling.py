@@ -41,7 +41,7 @@ def folder(model, tmp_path):
 
 def save(model, folder: Path) -> Path:
     model.save_pretrained(folder)
-    tiny.processor(model.config.num_image_tokens, model.config.image_size).save_pretrained(folder)
+    tiny.processor(model.config.num_placeholders, model.config.image_size).save_pretrained(folder)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_gradient_accumulation_gives_the_loss_of_the_whole_batch(model, batch):
 @pytest.mark.parametrize("connector", tiny.CONNECTORS)
 def test_all_weights_but_the_encoders_last_norm_learn(connector, batch):
     model = tiny.model(connector)
-    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=model.config.num_image_tokens)
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=model.config.num_placeholders)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     still = {name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()}
     # What comes after the feature layer does not run; the bias of keys shifts every score of a query alike.
@@ -102,7 +102,7 @@ def test_all_weights_but_the_encoders_last_norm_learn(connector, batch):
 @pytest.mark.parametrize("vision", tiny.ENCODERS)
 def test_gradient_checkpointing_changes_no_gradient(vision):
     model = tiny.model(vision=vision).train()
-    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=model.config.num_image_tokens)
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=model.config.num_placeholders)
 
     def gradients():
         model.zero_grad()
@@ -161,7 +161,7 @@ def test_only_the_logits_asked_for_are_made(model, batch):
 
 @pytest.mark.parametrize(("prompt_tokens", "images"), [(3, 1), (5, 2)])
 def test_image_tokens_that_do_not_fit_are_counted(model, prompt_tokens, images):
-    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=prompt_tokens)
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=prompt_tokens)
     inputs["pixel_values"] = inputs["pixel_values"].repeat(images, 1, 1, 1)
     with pytest.raises(ValueError, match=f"hold {prompt_tokens} image tokens but the images give {5 * images} "):
         model(**inputs)
@@ -196,21 +196,21 @@ def test_beams_and_several_answers(model):
 @pytest.mark.parametrize("tokens", [2, 5, 12])
 def test_one_checkpoint_serves_any_budget(model, tokens):
     images = [tiny.picture(0), tiny.picture(1)]
-    inputs = tiny.processor()(images, TWO, return_tensors="pt", num_image_tokens=tokens)
+    inputs = tiny.processor()(images, TWO, return_tensors="pt", num_visual_tokens=tokens)
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 2 * tokens
     assert model(**inputs).image_hidden_states.shape == (2 * tokens, model.config.text_config.hidden_size)
     own = tiny.model(connector_kwargs={**tiny.CONNECTORS["acformer"], "num_anchors": tokens - 1})
     own.load_state_dict(model.state_dict())
-    own_inputs = tiny.inputs(TWO, images, num_image_tokens=tokens)
+    own_inputs = tiny.inputs(TWO, images, num_visual_tokens=tokens)
     assert torch.equal(greedy(model, inputs), greedy(own, own_inputs))
 
 
 @pytest.mark.parametrize("connector", ["mlp", "perceiver"])
 def test_a_fixed_connector_refuses_another_budget(connector):
     model = tiny.model(connector)
-    always = model.config.num_image_tokens
-    assert model(**tiny.inputs(ONE, [tiny.picture()], num_image_tokens=always)).image_hidden_states.shape[0] == always
-    inputs = tiny.processor(always)([tiny.picture()], ONE, return_tensors="pt", num_image_tokens=2)
+    always = model.config.num_placeholders
+    assert model(**tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=always)).image_hidden_states.shape[0] == always
+    inputs = tiny.processor(always)([tiny.picture()], ONE, return_tensors="pt", num_visual_tokens=2)
     with pytest.raises(UsageError, match=f"always gives {always} tokens; it cannot give 2"):
         model(**inputs)
 
@@ -286,9 +286,9 @@ def test_compiles_into_one_graph(model, batch):
 @pytest.mark.parametrize("connector", tiny.CONNECTORS)
 def test_every_encoder_with_every_connector(vision, connector, tmp_path):
     model = tiny.model(connector, vision=vision)
-    config, tokens = model.config, model.config.num_image_tokens
+    config, tokens = model.config, model.config.num_placeholders
     rows, columns = model.model.connector.input_grid
-    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=tokens)
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=tokens)
     features = model.get_vision_features(inputs["pixel_values"])
     assert features.tokens.shape == (1, config.num_vision_tokens, config.vision_config.hidden_size)
     assert features.cls_attention.shape == (1, 4, rows * columns)
@@ -310,7 +310,7 @@ def test_blocks_after_the_feature_layer_are_not_there(feature_layer, blocks):
 @pytest.mark.parametrize("vision", tiny.ENCODERS)
 def test_images_larger_than_the_encoder_was_trained_on(vision):
     model = tiny.model("mlp", vision=vision, image_size=24)
-    assert model.config.num_image_tokens == 36
+    assert model.config.num_placeholders == 36
     inputs = tiny.processor(36, image_size=24)([tiny.picture()], ONE, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 24, 24)
     assert model(**inputs).image_hidden_states.shape[0] == 36
@@ -321,7 +321,7 @@ def test_images_larger_than_the_encoder_was_trained_on(vision):
 
 def test_downsample_encodes_a_smaller_image():
     model = tiny.model("downsample", connector_kwargs={"num_tokens": 8})
-    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=8)
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=8)
     assert model.config.num_vision_tokens == 9
     small = F.interpolate(inputs["pixel_values"], (8, 16), mode="bicubic", antialias=True)
     tower = model.model.vision_tower
@@ -348,21 +348,21 @@ def test_downsample_refuses_features_of_the_whole_image():
 @pytest.mark.parametrize("connector", tiny.CONNECTORS)
 def test_a_blank_image_is_what_the_encoder_makes(connector):
     model = tiny.model(connector)
-    inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=model.config.num_image_tokens)
-    made, blank = model.get_vision_features(inputs["pixel_values"]), model.model.connector.blank()
+    inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=model.config.num_placeholders)
+    made, blank = model.get_vision_features(inputs["pixel_values"]), model.model.connector.zero_features()
     assert (made.grid, made.num_prefix_tokens) == (blank.grid, blank.num_prefix_tokens)
     assert made.tokens.shape == blank.tokens.shape
-    assert (made.levels is None) == (blank.levels is None)
-    assert made.levels is None or made.levels.shape == blank.levels.shape
-    rest = model.model.connector.at_rest()
+    assert (made.hidden_layers is None) == (blank.hidden_layers is None)
+    assert made.hidden_layers is None or made.hidden_layers.shape == blank.hidden_layers.shape
+    rest = model.model.connector.zero_loss()
     assert rest == 0
     rest.backward()
     assert all(weight.grad is not None for weight in model.model.connector.parameters())
 
 
 def test_levels_above_the_feature_layer_are_told_when_the_model_is_built():
-    with pytest.raises(UsageError, match=r"level 2 is block 2 of the encoder, which ends at block 1"):
-        tiny.model("token_packer", connector_kwargs={**tiny.CONNECTORS["token_packer"], "levels": [2]})
+    with pytest.raises(UsageError, match=r"hidden layer 2 is block 2 of the encoder, which ends at block 1"):
+        tiny.model("token_packer", connector_kwargs={**tiny.CONNECTORS["token_packer"], "hidden_layers": [2]})
 
 
 def test_the_bare_model_leaves_the_head_out(folder, batch, model):
@@ -387,7 +387,7 @@ def test_a_checkpoint_means_the_same_in_another_process(tmp_path):
     hashes = []
     for connector in tiny.CONNECTORS:
         model = tiny.model(connector)
-        inputs = tiny.inputs(ONE, [tiny.picture()], num_image_tokens=model.config.num_image_tokens)
+        inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=model.config.num_placeholders)
         torch.save(dict(inputs), save(model, tmp_path / connector) / "inputs.pt")
         hashes.append(hashlib.sha256(model(**inputs).logits.detach().numpy().tobytes()).hexdigest())
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS, *(str(tmp_path / name) for name in tiny.CONNECTORS)]
@@ -460,7 +460,7 @@ def test_auto_classes(folder, batch, model):
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     processor = AutoProcessor.from_pretrained(folder)
     assert isinstance(processor, AcFormerProcessor)
-    assert processor.num_image_tokens == config.num_image_tokens
+    assert processor.num_placeholders == config.num_placeholders
 
 
 def test_pipeline(folder, model):

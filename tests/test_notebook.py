@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from acformer.embedded import EMBEDDED
+from acformer.fetch.embedded import EMBEDDED
 
 NOTEBOOK = Path(__file__).parents[1] / "examples/anchors.ipynb"
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from acformer import paper
 from acformer.connectors import connector_options
 from acformer.data.templates import TEMPLATES
-from acformer.recipe import MODULES
+from acformer.lab import paper
+from acformer.training.recipe import MODULES
 
 SCORES = {
     "Tables 1 and 2": paper.TABLES_1_2,

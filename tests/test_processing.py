@@ -65,13 +65,13 @@ def test_text_alone(processor):
 
 
 def test_another_budget_for_one_call(processor):
-    inputs = processor(tiny.picture(), TEXT, num_image_tokens=12)
+    inputs = processor(tiny.picture(), TEXT, num_visual_tokens=12)
     assert count(processor, inputs) == [12]
-    assert inputs["num_image_tokens"] == 12
-    own = processor(tiny.picture(), TEXT, num_image_tokens=5)
+    assert inputs["num_visual_tokens"] == 12
+    own = processor(tiny.picture(), TEXT, num_visual_tokens=5)
     assert count(processor, own) == count(processor, processor(tiny.picture(), TEXT)) == [5]
-    assert "num_image_tokens" not in own
-    assert processor.num_image_tokens == 5
+    assert "num_visual_tokens" not in own
+    assert processor.num_placeholders == 5
 
 
 @pytest.mark.parametrize(("tags", "images"), [(0, 1), (1, 0), (1, 2), (2, 1)])
@@ -115,7 +115,7 @@ def test_the_begin_token_is_written_once():
     assert trained.count(begin) == 1
     assert processor(tiny.picture(), prompt)["input_ids"] == [trained]
     assert processor(tiny.pictures([0, 1]), [prompt, prompt])["input_ids"] == [trained, trained]
-    assert processor(tiny.picture(), prompt, num_image_tokens=2)["input_ids"][0].count(begin) == 1
+    assert processor(tiny.picture(), prompt, num_visual_tokens=2)["input_ids"][0].count(begin) == 1
     assert processor(text="Who?")["input_ids"][0][0] == begin
     assert processor(tiny.picture(), prompt, add_special_tokens=True)["input_ids"][0].count(begin) == 2
     assert (
@@ -134,9 +134,9 @@ def test_a_tokenizer_without_the_token_is_refused(processor):
 
 
 def test_saved_and_loaded(processor, tmp_path):
-    processor = tiny.processor(num_image_tokens=12, image_size=24)
+    processor = tiny.processor(num_placeholders=12, image_size=24)
     processor.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "processor_config.json").read_text())["num_image_tokens"] == 12
+    assert json.loads((tmp_path / "processor_config.json").read_text())["num_placeholders"] == 12
     again = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(again, AcFormerProcessor)
     assert again.to_dict() == processor.to_dict()
@@ -154,11 +154,11 @@ def test_chat_template_takes_content_lists(processor, tokens):
     ]
     written = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert written.endswith("USER: <image>\nWhat? ASSISTANT: Red.</s>USER: And? ASSISTANT:")
-    options = {"processor_kwargs": {"num_image_tokens": tokens}} if tokens else {}
+    options = {"processor_kwargs": {"num_visual_tokens": tokens}} if tokens else {}
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
-    expected = processor(tiny.picture(), written, return_tensors="pt", num_image_tokens=tokens)
+    expected = processor(tiny.picture(), written, return_tensors="pt", num_visual_tokens=tokens)
     assert set(inputs) == set(expected)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])

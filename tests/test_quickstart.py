@@ -8,10 +8,10 @@ import pytest
 import tiny
 from transformers import CLIPVisionModel
 
-from acformer import embedded
-from acformer.checkpoints import save_trained
 from acformer.cli import main
-from acformer.quickstart import quickstart
+from acformer.fetch import embedded
+from acformer.hf.checkpoints import save_trained
+from acformer.lab.quickstart import quickstart
 
 
 def made_up_cache(folder):
@@ -58,7 +58,7 @@ def test_stopped_it_starts_anew_and_does_not_say_that_it_goes_on(tmp_path, monke
             os.kill(os.getpid(), signal.SIGTERM)
         save_trained(trainer, processor, folder)
 
-    monkeypatch.setattr("acformer.train.save_trained", stop)
+    monkeypatch.setattr("acformer.training.stages.save_trained", stop)
     command = ["quickstart", "--quiet", "--out", str(tmp_path / "out"), "--limit", "20", *SMALL]
     handler = signal.getsignal(signal.SIGTERM)
     codes = [main(command), main(command)]

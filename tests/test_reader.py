@@ -13,17 +13,15 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, CLIPVisionModel
 
-from acformer.checkpoints import load_model
-from acformer.embedded import cache_dir
 from acformer.errors import DivergedError, UsageError
-from acformer.evaluate import report
 from acformer.evaluate.report import as_reply, score_replies
-from acformer.recipe import READER, ModelSpec, Recipe, StageSpec
-from acformer.reproduce import execute, heads_first, reading
-from acformer.reproduce.execute import Task
-from acformer.reproduce.heads_first import text_width
-from acformer.reproduce.plans import SCALES, Plan, Row, Scale, Search, plan_for
-from acformer.reproduce.reading import (
+from acformer.fetch.embedded import cache_dir
+from acformer.hf.checkpoints import load_model
+from acformer.lab.reproduce import execute, heads_first, reading
+from acformer.lab.reproduce.execute import Task
+from acformer.lab.reproduce.heads_first import text_width
+from acformer.lab.reproduce.plans import READER, SCALES, Plan, Row, Scale, Search, plan_for
+from acformer.lab.reproduce.reading import (
     Learner,
     Trained,
     prior_replies,
@@ -33,19 +31,20 @@ from acformer.reproduce.reading import (
     train_reader,
     with_prior,
 )
-from acformer.reproduce.run_plan import reproduce
-from acformer.reproduce.runs import Timing, cells_of, job_path, job_record
-from acformer.reproduce.tables import table_text
-from acformer.reproduce.variants import with_factor
-from acformer.scenes import dataset
-from acformer.scenes.answers import SceneAnswers, split
-from acformer.scenes.dataset import undrawn_samples
-from acformer.scenes.draw import draw_scene
-from acformer.scenes.facts import NUMBER, entries, facts_of
-from acformer.scenes.layout import SIDE, SIZES, Scene, Thing, make_scene, size_share
-from acformer.scenes.levels import LEVELS
-from acformer.scenes.questions import ANSWERS, LETTERS, Question, ask
-from acformer.scenes.reader import SceneReader
+from acformer.lab.reproduce.run_plan import reproduce
+from acformer.lab.reproduce.runs import Timing, cells_of, job_path, job_record
+from acformer.lab.reproduce.tables import table_text
+from acformer.lab.reproduce.variants import with_factor
+from acformer.lab.scenes import dataset
+from acformer.lab.scenes.answers import SceneAnswers, split
+from acformer.lab.scenes.dataset import undrawn_samples
+from acformer.lab.scenes.draw import draw_scene
+from acformer.lab.scenes.facts import NUMBER, entries, facts_of
+from acformer.lab.scenes.layout import SIDE, SIZES, Scene, Thing, make_scene, size_share
+from acformer.lab.scenes.levels import LEVELS
+from acformer.lab.scenes.questions import ANSWERS, LETTERS, Question, ask
+from acformer.lab.scenes.reader import SceneReader
+from acformer.training.recipe import ModelSpec, Recipe, StageSpec
 
 FETCHED = cache_dir()
 FULL, SMALL = LEVELS["openmoji-scenes"], LEVELS["openmoji-scenes-small"]
@@ -299,7 +298,7 @@ def stand_ins(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACFORMER_CACHE", str(folder / "cache"))
         patch.setattr(dataset, "draw_scene", draw)
-        patch.setattr(report, "BLIND_SCENES", 40)
+        patch.setattr(dataset, "KNOWN_SCENES", 40)
         yield folder
 
 
@@ -504,7 +503,7 @@ def test_a_step_is_timed_after_the_warm_up(task, monkeypatch):
 )
 def test_questions_are_of_the_level_that_is_taught(changes, override, tmp_path, monkeypatch):
     """The heads know the nouns and words of one level: the scores would be noise."""
-    monkeypatch.setattr("acformer.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
+    monkeypatch.setattr("acformer.lab.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
     plan = plan_for("table3", "cpu", overrides=[override], name="big")
     with pytest.raises(UsageError, match=r"teaches the heads openmoji-scenes.*give finetune.data=openmoji-scenes"):
         reproduce(replace(plan, scale=replace(plan.scale, **changes)), tmp_path)
@@ -671,7 +670,7 @@ def test_the_step_is_the_language_models(after):
     ],
 )
 def test_what_cannot_work_after_heads_is_told_first(changes, overrides, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("acformer.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
+    monkeypatch.setattr("acformer.lab.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
     plan = plan_for("table3", "cpu-lm")
     scale = replace(plan.scale, overrides=overrides, **changes)
     with pytest.raises(UsageError, match=message):

@@ -6,15 +6,14 @@ import yaml
 from acformer.connectors import connector_options
 from acformer.data.templates import TEMPLATES
 from acformer.errors import UsageError
-from acformer.recipe import Recipe, coerce, list_recipes, load_recipe
-from acformer.train import training_arguments
+from acformer.training.recipe import Recipe, coerce, list_recipes, load_recipe
+from acformer.training.stages import training_arguments
 
 
 def test_what_ships():
     assert list_recipes() == [
         "llava15-7b-acformer145",
         "llava15-7b-mlp577",
-        "scenes-cpu",
         "scenes-cpu-lm",
         "scenes-gpu",
         "smol",
@@ -38,7 +37,7 @@ def test_every_recipe_names_things_that_exist(name, tmp_path):
 def test_every_recipe_says_command_hardware_time_and_score(name):
     from importlib.resources import files
 
-    text = (files("acformer") / "recipes" / f"{name}.yaml").read_text()
+    text = (files("acformer.training") / "recipes" / f"{name}.yaml").read_text()
     head = text[: text.index("\nmodel:")]
     assert f"acformer.cli train {name}" in head or f"acformer train {name}" in head
     assert "hardware" in head
@@ -46,7 +45,7 @@ def test_every_recipe_says_command_hardware_time_and_score(name):
 
 
 def test_the_papers_recipe_is_the_papers():
-    from acformer.paper import RECIPE
+    from acformer.lab.paper import RECIPE
 
     recipe = load_recipe("llava15-7b-acformer145")
     assert recipe.model.connector_kwargs == {"num_anchors": 144}

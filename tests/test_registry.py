@@ -105,7 +105,7 @@ def test_its_model_loads_in_a_fresh_process(installed, tmp_path, monkeypatch):
         model.model.connector.scale.fill_(0.5)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    inputs = tiny.inputs("USER: <image> red ASSISTANT:", [tiny.picture()], num_image_tokens=16)
+    inputs = tiny.inputs("USER: <image> red ASSISTANT:", [tiny.picture()], num_visual_tokens=16)
     torch.save(dict(inputs), folder / "inputs.pt")
     torch.save(model(**inputs).logits, folder / "logits.pt")
     monkeypatch.setenv("PYTHONPATH", str(installed))

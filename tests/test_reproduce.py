@@ -17,21 +17,21 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPVisionModel
 
-from acformer.build import build_model
 from acformer.connectors import CONNECTORS, Geometry, build_connector, list_connectors
 from acformer.connectors.mlp import MLPConnector
 from acformer.errors import AcFormerError, DataError, UsageError
-from acformer.recipe import ModelSpec, load_recipe
-from acformer.reproduce import execute, figure, run_plan
-from acformer.reproduce.execute import Task, answer_loss
-from acformer.reproduce.figure import draw_figure
-from acformer.reproduce.plans import SCALES, TABLES, Plan, Row, Scale, Search, every_connector, plan_for
-from acformer.reproduce.run_plan import reproduce
-from acformer.reproduce.runs import Timing, cells_of, job_path, refuse_idle_overrides, row_options
-from acformer.reproduce.schedule import run_tasks
-from acformer.reproduce.tables import Measured, mean_interval, student_t, table_text
-from acformer.reproduce.variants import shortened, with_factor, with_fraction
-from acformer.train import train
+from acformer.hf.build import build_model
+from acformer.lab.reproduce import execute, figure, run_plan
+from acformer.lab.reproduce.execute import Task, answer_loss
+from acformer.lab.reproduce.figure import draw_figure
+from acformer.lab.reproduce.plans import SCALES, TABLES, Plan, Row, Scale, Search, every_connector, plan_for
+from acformer.lab.reproduce.run_plan import reproduce
+from acformer.lab.reproduce.runs import Timing, cells_of, job_path, refuse_idle_overrides, row_options
+from acformer.lab.reproduce.schedule import run_tasks
+from acformer.lab.reproduce.tables import Measured, mean_interval, student_t, table_text
+from acformer.lab.reproduce.variants import shortened, with_factor, with_fraction
+from acformer.training.recipe import ModelSpec, load_recipe
+from acformer.training.stages import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
@@ -433,7 +433,7 @@ def test_the_loss_of_a_trial_does_not_depend_on_the_batches(folder, monkeypatch,
 
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe(f"{folder}/mini.yaml", ["cache_features=false"])
-    parts = build_model(recipe.model, ["Which colour? red green blue"])
+    parts = build_model(**asdict(recipe.model), texts=["Which colour? red green blue"])
     samples = evaluation_samples(f"{folder}/questions.json")
     losses = []
     for size in (1, 5, 12):
@@ -585,7 +585,7 @@ def test_a_name_alone_is_the_same_plan_elsewhere():
 
 
 def test_tables_come_from_the_registries():
-    from acformer.selectors import SELECTORS
+    from acformer.anchors.selectors import SELECTORS
 
     assert [row.name for row in plan_for("table3", "cpu").rows] == list_connectors()
     rows = plan_for("table4", "gpu", seeds=5)

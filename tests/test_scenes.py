@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acformer.data.sources import load_samples
-from acformer.embedded import embedded_path
+from acformer.data.datasets import load_samples
 from acformer.errors import DataError, UsageError
 from acformer.evaluate.families import blind_replies, family_scores
 from acformer.evaluate.report import as_reply, training_questions
-from acformer.scenes import dataset
-from acformer.scenes.captions import caption
-from acformer.scenes.dataset import picture_path, scene_samples, undrawn_samples
-from acformer.scenes.layout import MAX_OVERLAP, SIDE, has_novel_pair, make_scene, place_name, size_name
-from acformer.scenes.levels import LEVELS, SPLITS, lookalikes, nouns_by_name, word_list
-from acformer.scenes.questions import ask, popular_names
+from acformer.fetch.embedded import embedded_path
+from acformer.lab.scenes import dataset
+from acformer.lab.scenes.captions import caption
+from acformer.lab.scenes.dataset import picture_path, scene_samples, undrawn_samples
+from acformer.lab.scenes.layout import MAX_OVERLAP, SIDE, has_novel_pair, make_scene, place_name, size_name
+from acformer.lab.scenes.levels import LEVELS, SPLITS, lookalikes, nouns_by_name, word_list
+from acformer.lab.scenes.questions import ask, popular_names
 
 FULL, SMALL = LEVELS["openmoji-scenes"], LEVELS["openmoji-scenes-small"]
 COUNT = 150  # scenes a split in the checks of all kinds of scenes
@@ -53,10 +53,10 @@ def test_a_scene_is_the_same_in_any_order_and_process(name, known):
     assert fingerprint(LEVELS[name], range(20)) == fingerprint(LEVELS[name], reversed(range(20))) == known
     lines = [
         "import hashlib",
-        "from acformer.scenes.captions import caption",
-        "from acformer.scenes.layout import make_scene",
-        "from acformer.scenes.levels import LEVELS",
-        "from acformer.scenes.questions import ask, popular_names",
+        "from acformer.lab.scenes.captions import caption",
+        "from acformer.lab.scenes.layout import make_scene",
+        "from acformer.lab.scenes.levels import LEVELS",
+        "from acformer.lab.scenes.questions import ask, popular_names",
         inspect.getsource(fingerprint),
         f"print(fingerprint(LEVELS[{name!r}], range(20)))",
     ]
@@ -376,7 +376,7 @@ def test_pictures_show_things_where_they_are(real, level):
 
 @pytest.mark.embedded
 def test_every_noun_has_a_glyph_of_its_own(real):
-    from acformer.scenes import draw
+    from acformer.lab.scenes import draw
 
     pictures = {noun.name: draw._glyph(noun.char) for noun in FULL.nouns}
     missing = draw._glyph("\U000e0fff").tobytes()
@@ -389,7 +389,7 @@ def test_every_noun_has_a_glyph_of_its_own(real):
 def test_backgrounds_come_in_all_kinds(real):
     from random import Random
 
-    from acformer.scenes.draw import background
+    from acformer.lab.scenes.draw import background
 
     pictures = [np.asarray(background(Random(f"{n}"), FULL)).astype(float) for n in range(40)]
     flat = sum(picture.std(axis=(0, 1)).max() < 1 for picture in pictures)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from acformer import anchors
-from acformer.anchors import select_anchors, select_anchors_reference, select_anchors_torch
+from acformer.anchors import search as anchors
+from acformer.anchors.search import select_anchors, select_anchors_reference, select_anchors_torch
 
 pytestmark = [
     pytest.mark.extras,
@@ -29,7 +29,7 @@ def search():
     """The kernel's operator, with the kernel interpreted: Triton asks the environment when it is first imported."""
     if not IS_INTERPRETER:
         pytest.skip("test_in_the_interpreter runs it, in a process of its own")
-    from acformer.selection_kernel import select_anchors_triton
+    from acformer.anchors.kernel import select_anchors_triton
 
     return select_anchors_triton
 
@@ -125,7 +125,7 @@ class _Cuda(torch.Tensor):
 def test_who_goes_to_the_kernel(search, monkeypatch):
     """Tensors of a GPU, where Triton can run; float64 and more patches than a program holds stay with torch."""
     monkeypatch.setattr(anchors, "select_anchors_torch", lambda scores, num_anchors: "torch")
-    monkeypatch.setattr("acformer.selection_kernel.select_anchors_triton", lambda scores, num_anchors: "kernel")
+    monkeypatch.setattr("acformer.anchors.kernel.select_anchors_triton", lambda scores, num_anchors: "kernel")
     monkeypatch.setattr(anchors, "HAS_TRITON", True)
     select = select_anchors.__wrapped__  # past the tests' own check of shapes
     gpu = rows(1, 2, 9).as_subclass(_Cuda)
@@ -139,7 +139,7 @@ def test_who_goes_to_the_kernel(search, monkeypatch):
 
 COMPILE = """
 import sys
-from acformer.selection_kernel import progressive_search
+from acformer.anchors.kernel import progressive_search
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 names = progressive_search.arg_names

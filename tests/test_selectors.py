@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from acformer.anchors import select_anchors_reference
+from acformer.anchors.search import select_anchors_reference
+from acformer.anchors.selectors import SELECTORS, own_noise
 from acformer.connectors.base import Geometry
 from acformer.connectors.queries import SelectedQueries
 from acformer.errors import UsageError
-from acformer.selectors import SELECTORS, own_noise
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 every = pytest.mark.parametrize("name", SELECTORS)
-drawn = pytest.mark.parametrize("name", [name for name, selector in SELECTORS.items() if selector.draw is not None])
+drawn = pytest.mark.parametrize("name", [name for name, selector in SELECTORS.items() if selector.sample is not None])
 
 
 def features_of(
@@ -61,7 +61,7 @@ class TestEvery:
     @drawn
     @given(problems())
     def test_draws_what_was_asked_for(self, name, problem):
-        assert is_a_choice(SELECTORS[name].draw(*problem), *problem)
+        assert is_a_choice(SELECTORS[name].sample(*problem), *problem)
 
     @every
     @given(problems(), st.data())
@@ -82,14 +82,14 @@ class TestEvery:
     @drawn
     def test_draws_differ(self, name):
         features = features_of(torch.randn(3, 30, 8))
-        assert not torch.equal(SELECTORS[name].draw(features, 7), SELECTORS[name].draw(features, 7))
+        assert not torch.equal(SELECTORS[name].sample(features, 7), SELECTORS[name].sample(features, 7))
 
     @drawn
     def test_a_seed_repeats_a_draw(self, name):
         features, draws = features_of(torch.randn(3, 30, 8)), []
         for _ in range(2):
             torch.manual_seed(7)
-            draws.append(SELECTORS[name].draw(features, 7))
+            draws.append(SELECTORS[name].sample(features, 7))
         assert torch.equal(*draws)
 
     @every
@@ -194,7 +194,7 @@ class TestByScore:
         torch.manual_seed(0)
         scores = torch.tensor([0.5, 0.3, 0.2, 0.0])
         features = features_of(attention=scores.expand(20_000, 1, 4))
-        often = SELECTORS[name].draw(features, 1).flatten().bincount(minlength=4) / 20_000
+        often = SELECTORS[name].sample(features, 1).flatten().bincount(minlength=4) / 20_000
         # Three standard errors of the largest share, 3 sqrt(0.25 / 20,000).
         torch.testing.assert_close(often, scores, rtol=0, atol=0.011)
         assert often[3] == 0
@@ -203,7 +203,7 @@ class TestByScore:
         """The chance that 0 and 1 are the two chosen: 0.5 * 0.3 / 0.5 + 0.3 * 0.5 / 0.7."""
         torch.manual_seed(0)
         features = features_of(attention=torch.tensor([0.5, 0.3, 0.2]).expand(20_000, 1, 3))
-        pairs = SELECTORS["cls_topk"].draw(features, 2)
+        pairs = SELECTORS["cls_topk"].sample(features, 2)
         share = (pairs == torch.tensor([0, 1])).all(-1).float().mean().item()
         assert share == pytest.approx(0.3 + 0.15 / 0.7, abs=0.011)  # three standard errors
 
@@ -256,7 +256,7 @@ class TestRandom:
         changed = (SELECTORS["random"](shaken, 10) != SELECTORS["random"](features, 10)).any(dim=-1)
         assert changed.sum() <= 4
 
-    @pytest.mark.parametrize("draw", [SELECTORS["random"].select, SELECTORS["random"].draw], ids=["own", "drawn"])
+    @pytest.mark.parametrize("draw", [SELECTORS["random"].select, SELECTORS["random"].sample], ids=["own", "drawn"])
     def test_every_patch_is_as_likely(self, draw):
         """Shares of 100 patches among 10 of each of 10,000 pictures: mean 0.1, standard error 0.003."""
         torch.manual_seed(0)

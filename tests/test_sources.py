@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from acformer.data import sources
+from acformer.data import datasets
+from acformer.data.datasets import load_samples
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SkipLog
-from acformer.data.sources import load_samples, read_samples
+from acformer.data.sources import read_samples
 from acformer.errors import DataError, UsageError
 
 
@@ -222,7 +223,7 @@ def test_any_bytes_give_samples_or_a_data_error(tmp_path_factory, content):
 
 
 def test_easy_vqa_names(folder, monkeypatch):
-    monkeypatch.setattr(sources, "embedded_path", {"easy-vqa": folder}.__getitem__)
+    monkeypatch.setattr(datasets, "embedded_path", {"easy-vqa": folder}.__getitem__)
     for part in ("train", "test"):
         (folder / f"{part}.jsonl").write_bytes(json.dumps(talk(id=part)).encode())
     assert [load_samples(f"easy-vqa{part}")[0].id for part in ("", ":train", ":test")] == [
@@ -236,7 +237,7 @@ def test_easy_vqa_names(folder, monkeypatch):
 
 def test_drawn_scenes_go_through_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
-    monkeypatch.setattr("acformer.scenes.dataset.draw_scene", lambda scene: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr("acformer.lab.scenes.dataset.draw_scene", lambda scene: Image.new("RGB", (4, 4)))
     log = SkipLog()
     samples = load_samples("openmoji-scenes-small", limit=3, skipped=log)
     assert (log.offered, log.used, log.skipped) == (3, 3, 0)

@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from acformer.anchors import select_anchors
-from acformer.build import square_image_processor
+from acformer.anchors.search import select_anchors
 from acformer.cli import main
 from acformer.errors import DataError, UsageError
+from acformer.hf.build import square_image_processor
 from acformer.images import load_image
-from acformer.stats.measure import chance_levels, grid_distance, measure, see
-from acformer.stats.overlap import ACTIVATIONS, MAIN, SALIENCES, SHARES, activation_scores, overlap_name, overlaps
-from acformer.stats.rows import find_pictures, group, make_rows
-from acformer.stats.run import Run, run_stats
-from acformer.stats.stability import VIEWS, agreement, neighbour_distance, stability
-from acformer.stats.summary import read_summary, summarise
-from acformer.vision import VisionFeatures, load_vision_encoder
+from acformer.lab.stats.measure import chance_levels, grid_distance, measure, see
+from acformer.lab.stats.overlap import ACTIVATIONS, MAIN, SALIENCES, SHARES, activation_scores, overlap_name, overlaps
+from acformer.lab.stats.rows import find_pictures, group, make_rows
+from acformer.lab.stats.run import Run, run_stats
+from acformer.lab.stats.stability import VIEWS, agreement, neighbour_distance, stability
+from acformer.lab.stats.summary import read_summary, summarise
+from acformer.vision.encoder import load_vision_encoder
+from acformer.vision.features import VisionFeatures
 
 GRID = (12, 12)
 

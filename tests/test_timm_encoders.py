@@ -23,8 +23,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import is_torchvision_available
 
 from acformer.errors import CheckpointError, UsageError
-from acformer.features import encoder_key
-from acformer.vision import VisionEncoder, VisionFeatures, load_vision_encoder, pixel_statistics
+from acformer.vision.encoder import VisionEncoder, load_vision_encoder, pixel_statistics
+from acformer.vision.feature_cache import encoder_key
+from acformer.vision.features import VisionFeatures
 
 pytestmark = pytest.mark.extras
 
@@ -163,7 +164,7 @@ def eager_pass(model: Any, blocks: Any, pixels: Tensor) -> tuple[list[Tensor], l
 @pytest.mark.parametrize("name", WITH_CLS)
 def test_features_of_timm(name, feature_layer, make, pixels):
     """-1 has its own value: the last block's output without the final norm."""
-    encoder = load_vision_encoder(make(name), feature_layer, levels=[0, 1])
+    encoder = load_vision_encoder(make(name), feature_layer, hidden_layers=[0, 1])
     untouched = make(name)
     states, maps = eager_pass(untouched, untouched.blocks, pixels)
     prefix = PREFIX.get(name, 1)
@@ -172,7 +173,7 @@ def test_features_of_timm(name, feature_layer, make, pixels):
         assert (features.grid, features.num_prefix_tokens) == ((4, 4), prefix)
         # Measured 4e-6 in values up to 12: the fused kernel against the eager one, over up to four blocks.
         torch.testing.assert_close(features.tokens, states[feature_layer], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(features.levels, torch.stack(states[:2], dim=1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features.hidden_layers, torch.stack(states[:2], dim=1), rtol=1e-5, atol=1e-5)
         row = maps[feature_layer if feature_layer < 0 else feature_layer - 1][:, :, 0, prefix:]
         assert features.cls_attention.shape == (2, 4, 16)
         torch.testing.assert_close(features.cls_attention, row, **ROW_TOLERANCE)
@@ -210,7 +211,7 @@ def test_without_cls_and_without_a_probe_there_is_no_row(make, pixels):
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_features_of_open_clip(feature_layer, make_visual, pixels):
-    encoder, untouched = load_vision_encoder(make_visual(), feature_layer, levels=[0, 2]), make_visual()
+    encoder, untouched = load_vision_encoder(make_visual(), feature_layer, hidden_layers=[0, 2]), make_visual()
     blocks = untouched.transformer.resblocks
     with torch.no_grad():
         states = [untouched._embeds(pixels)]
@@ -222,12 +223,12 @@ def test_features_of_open_clip(feature_layer, make_visual, pixels):
     features = encode(encoder, pixels)
     assert (features.grid, features.num_prefix_tokens) == ((4, 4), 1)
     torch.testing.assert_close(features.tokens, states[feature_layer], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(features.levels, torch.stack([states[0], states[2]], dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.hidden_layers, torch.stack([states[0], states[2]], dim=1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(features.cls_attention, maps[:, :, 0, 1:], **ROW_TOLERANCE)
 
 
 def test_one_clip_in_two_libraries(make_visual, pixels):
-    """The same weights under Hugging Face's and open_clip's names: the same tokens, row and levels."""
+    """The same weights under Hugging Face's and open_clip's names: the same tokens, row and hidden_layers."""
     visual = make_visual()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = CLIPVisionConfig(**sizes, image_size=28, patch_size=7, hidden_act="gelu")
@@ -253,8 +254,8 @@ def test_one_clip_in_two_libraries(make_visual, pixels):
             fused = theirs[name.replace(f"{part}.", "in_proj_")]
             weights[ours] = fused.chunk(3)[("q_proj", "k_proj", "v_proj").index(part)]
     model.load_state_dict(weights)
-    first = encode(load_vision_encoder(model, levels=[0, 2]), pixels)
-    second = encode(load_vision_encoder(visual, levels=[0, 2]), pixels)
+    first = encode(load_vision_encoder(model, hidden_layers=[0, 2]), pixels)
+    second = encode(load_vision_encoder(visual, hidden_layers=[0, 2]), pixels)
     for name, values in first.arrays.items():
         torch.testing.assert_close(second.arrays[name], values, rtol=1e-5, atol=1e-5)
 
@@ -450,7 +451,7 @@ def test_autocast_does_not_round_the_row(model, pixels):
 
 
 def test_a_copy_has_a_tap_of_its_own(model, pixels):
-    encoder = load_vision_encoder(model, levels=[0, 1])
+    encoder = load_vision_encoder(model, hidden_layers=[0, 1])
     expected = encode(encoder, pixels)
     other = copy.deepcopy(encoder)
     with torch.no_grad():
@@ -460,7 +461,7 @@ def test_a_copy_has_a_tap_of_its_own(model, pixels):
     assert encoder.tap.tokens is None
     again = encode(encoder, pixels)
     assert torch.equal(again.cls_attention, expected.cls_attention)
-    assert torch.equal(again.levels, expected.levels)
+    assert torch.equal(again.hidden_layers, expected.hidden_layers)
 
 
 def test_a_failed_pass_leaves_nothing_behind(make, pixels):
@@ -479,7 +480,7 @@ def test_a_failed_pass_leaves_nothing_behind(make, pixels):
 
 
 def test_compiles_into_one_graph(model, pixels):
-    encoder = load_vision_encoder(model, 1, levels=[0])
+    encoder = load_vision_encoder(model, 1, hidden_layers=[0])
     torch.compiler.reset()
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
     for batch in (pixels, pixels.flip(0)):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPVisionModel
 
-from acformer.checkpoints import damage, keep_newest, load_model, newest_whole, write_manifest
 from acformer.errors import CheckpointError, DataError, DivergedError, UsageError
-from acformer.recipe import Recipe, load_recipe
-from acformer.train import train
-from acformer.trainer import AcFormerTrainer, freeze, module_parameters
+from acformer.hf.checkpoints import keep_newest, latest_valid_checkpoint, load_model, verify_folder, write_manifest
+from acformer.training.recipe import Recipe, load_recipe
+from acformer.training.stages import train
+from acformer.training.trainer import AcFormerTrainer, freeze, module_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -99,12 +100,12 @@ def test_two_stages_each_train_what_the_recipe_names(recipe, tmp_path, caplog):
 
 
 def test_stage_one_leaves_the_language_model_alone(recipe, data):
-    from acformer.build import build_model
-    from acformer.train import recipe_texts, set_seed
+    from acformer.hf.build import build_model
+    from acformer.training.stages import recipe_texts, set_seed
 
     chosen = recipe("stage=pretrain")
     set_seed(chosen.seed)
-    fresh, _ = build_model(chosen.model, recipe_texts(chosen))
+    fresh, _ = build_model(**asdict(chosen.model), texts=recipe_texts(chosen))
     before = {name: value.clone() for name, value in fresh.state_dict().items()}
     after = weights(train(chosen, progress=False))
     assert changed(before, after) == {"connector"}
@@ -136,7 +137,7 @@ def test_a_group_asks_several_questions_about_a_picture_encoded_once(recipe, dat
         ),
         progress=False,
     )
-    assert damage(folder) is None
+    assert verify_folder(folder) is None
 
 
 def test_learning_rates_reach_the_optimizer():
@@ -254,12 +255,12 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(recipe, tmp_path, monkey
 
     def watched(checkpoint):
         if checkpoint.parent == folder:
-            before.append(newest_whole(folder, lambda text: None))
+            before.append(latest_valid_checkpoint(folder, lambda text: None))
         write_manifest(checkpoint)
         if checkpoint.parent == folder:
-            after.append(newest_whole(folder, lambda text: None))
+            after.append(latest_valid_checkpoint(folder, lambda text: None))
 
-    monkeypatch.setattr("acformer.trainer.write_manifest", watched)
+    monkeypatch.setattr("acformer.training.trainer.write_manifest", watched)
     keep = [f"finetune.training.{key}" for key in ("save_strategy=steps", "save_steps=1", "save_total_limit=1")]
     train(recipe("stage=finetune", "pretrain=null", *keep), progress=False)
     one, two, three = (folder / f"checkpoint-{step}" for step in (1, 2, 3))
@@ -353,7 +354,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(recipe, tmp_path, monke
         train(recipe("stage=finetune", "pretrain=null", *save), progress=False)
     assert caught.value.exit_code == 5
     last = tmp_path / "run/finetune/checkpoint-2"
-    assert damage(last) is None
+    assert verify_folder(last) is None
     assert all(value.isfinite().all() for value in weights(last).values())
 
 
@@ -405,7 +406,7 @@ def test_a_gradient_that_is_not_finite_names_all_samples_of_its_step(recipe, mon
 
 def test_what_was_skipped_stays_skipped_after_a_resume(recipe, data, tmp_path, monkeypatch):
     """Twelve pictures in three steps, four of them torn: used + skipped = offered, whether it was stopped or not."""
-    from acformer.trainer import Guard
+    from acformer.training.trainer import Guard
 
     records = json.loads((data / "questions.json").read_text())
     for number in (0, 3, 6, 9):
@@ -459,14 +460,14 @@ def test_stage_one_anew_takes_stage_two_with_it(recipe, tmp_path):
     train(recipe("seed=7", "stage=pretrain", "resume=false"), progress=False)
     assert not (tmp_path / "run/finetune/model").exists()
     train(recipe("seed=7"), progress=False)
-    assert damage(tmp_path / "run/finetune/model") is None
+    assert verify_folder(tmp_path / "run/finetune/model") is None
 
 
 def test_rows_without_pictures_do_not_end_stage_one(recipe, data):
     records = [{"id": "t", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 4
     (data / "text.json").write_text(json.dumps(records))
     one = [f"pretrain.data={data}/text.json", "pretrain.template=bare", "pretrain.training.max_steps=1"]
-    assert damage(train(recipe("stage=pretrain", *one), progress=False)) is None
+    assert verify_folder(train(recipe("stage=pretrain", *one), progress=False)) is None
 
 
 def test_finetune_alone_wants_stage_one_first(recipe):
@@ -527,6 +528,6 @@ def test_two_processes_train_one_model(recipe, tmp_path, data):
         line for line in result.stderr.splitlines() if "acformer: " in line
     ] or result.stderr
     folder = tmp_path / "run/finetune/model"
-    assert damage(folder) is None
+    assert verify_folder(folder) is None
     assert not (folder / "training_args.bin").exists()
     assert "connector" in changed(weights(tmp_path / "run/pretrain/model"), weights(folder))

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.samples import Sample
-from acformer.trainer import AcFormerTrainer, freeze, module_parameters
+from acformer.training.trainer import AcFormerTrainer, freeze, module_parameters
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable:FutureWarning"  # renamed after 5.19

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from acformer.cls_attention import ENCODERS
 from acformer.errors import CheckpointError, UsageError
-from acformer.vision import VisionFeatures, load_tower, load_vision_encoder, pixel_statistics, resized
+from acformer.vision.encoder import load_tower, load_vision_encoder, pixel_statistics, resized
+from acformer.vision.families import ENCODERS
+from acformer.vision.features import VisionFeatures
 
 PREFIX = {"clip_vision_model": 1, "dinov2": 1, "dinov2_with_registers": 5, "siglip_vision_model": 0}
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
@@ -51,34 +52,36 @@ def test_blocks_after_the_feature_layer_are_gone(family, feature_layer, kept, ma
 
 
 @pytest.mark.parametrize(
-    ("levels", "feature_layer"), [([1, 2, 3], -2), ([3, 1], 3), ([-2, -4, -2], -1), ([4], 4), ([0, 3, -5], -2)]
+    ("hidden_layers", "feature_layer"), [([1, 2, 3], -2), ([3, 1], 3), ([-2, -4, -2], -1), ([4], 4), ([0, 3, -5], -2)]
 )
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-def test_levels_are_the_hidden_states(family, kernel, levels, feature_layer, make_tower, pixels):
-    encoder = load_vision_encoder(make_tower(family, attn_implementation=kernel), feature_layer, levels=levels)
+def test_further_layers_are_the_hidden_states(family, kernel, hidden_layers, feature_layer, make_tower, pixels):
+    encoder = load_vision_encoder(
+        make_tower(family, attn_implementation=kernel), feature_layer, hidden_layers=hidden_layers
+    )
     with torch.no_grad():
         untouched = make_tower(family, attn_implementation=kernel)(pixels, output_hidden_states=True).hidden_states
     for _ in range(2):
         features = encode(encoder, pixels)
-        expected = torch.stack([untouched[level] for level in levels], dim=1)
-        assert torch.equal(features.levels, expected), "the same operations on the same weights: no tolerance"
+        expected = torch.stack([untouched[level] for level in hidden_layers], dim=1)
+        assert torch.equal(features.hidden_layers, expected), "the same operations on the same weights: no tolerance"
         assert torch.equal(features.tokens, untouched[feature_layer])
 
 
 def test_no_level_is_kept_unasked(family, make_tower, pixels):
     features = encode(load_vision_encoder(make_tower(family)), pixels)
-    assert features.levels is None
+    assert features.hidden_layers is None
     assert set(features.arrays) == {"tokens", "cls_attention"}
 
 
 @pytest.mark.parametrize(
-    ("level", "message"), [(-1, "level -1 is block 4 .*ends at block 3"), (4, "level 4 is block 4")]
+    ("level", "message"), [(-1, "hidden layer -1 is block 4 .*ends at block 3"), (4, "hidden layer 4 is block 4")]
 )
-def test_levels_above_the_feature_layer(family, level, message, make_tower):
+def test_hidden_layers_above_the_feature_layer(family, level, message, make_tower):
     with pytest.raises(UsageError, match=message):
-        load_vision_encoder(make_tower(family), -2, levels=[1, level])
-    with pytest.raises(UsageError, match=r"level 5 is outside .* of 4 blocks: take -5\.\.-1 or 0\.\.4"):
-        load_vision_encoder(make_tower(family), -2, levels=[5])
+        load_vision_encoder(make_tower(family), -2, hidden_layers=[1, level])
+    with pytest.raises(UsageError, match=r"hidden layer 5 is outside .* of 4 blocks: take -5\.\.-1 or 0\.\.4"):
+        load_vision_encoder(make_tower(family), -2, hidden_layers=[5])
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 4), (1, 4)])

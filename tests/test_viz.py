@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-from acformer.anchors import select_anchors_reference
-from acformer.build import square_image_processor
-from acformer.embedded import embedded_path
+from acformer.anchors.search import select_anchors_reference
 from acformer.errors import CheckpointError, UsageError
-from acformer.vision import load_vision_encoder
+from acformer.fetch.embedded import embedded_path
+from acformer.hf.build import square_image_processor
+from acformer.vision.encoder import load_vision_encoder
 from acformer.viz import Anchors, draw_anchors, find_anchors, show_anchors
 from acformer.viz.overlay import BRIGHT, DARK, MIN_SIDE
 

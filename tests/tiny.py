@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, BatchFeature, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from acformer.build import train_tokenizer
 from acformer.connectors import connector_options, list_connectors
 from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.build import train_tokenizer
 
 IMAGE_SIZE = 16
 SIZES = {
@@ -25,7 +25,7 @@ SIZES = {
     "num_tokens": 4,
     "kernel": [2, 4],
     "scale": 2,
-    "levels": [1],
+    "hidden_layers": [1],
     "hidden_size": 16,
     "depth": 1,
     "num_heads": 2,
@@ -50,11 +50,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(["A chat between a user and an assistant. USER: ASSISTANT: red green blue"], 300)
 
 
-def processor(num_image_tokens: int = 5, image_size: int = IMAGE_SIZE, **kwargs: Any) -> AcFormerProcessor:
+def processor(num_placeholders: int = 5, image_size: int = IMAGE_SIZE, **kwargs: Any) -> AcFormerProcessor:
     size = {"height": image_size, "width": image_size}
     image_processor = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": image_size}, crop_size=size)
     kwargs.setdefault("chat_template", TEMPLATES["vicuna_v1"])
-    return AcFormerProcessor(image_processor, copy.deepcopy(tokenizer()), num_image_tokens=num_image_tokens, **kwargs)
+    return AcFormerProcessor(image_processor, copy.deepcopy(tokenizer()), num_placeholders=num_placeholders, **kwargs)
 
 
 def config(connector: str = "acformer", vision: str = "clip_vision_model", **kwargs: Any) -> AcFormerConfig:
@@ -83,9 +83,9 @@ def model(connector: str = "acformer", *, seed: int = 0, **kwargs: Any) -> AcFor
     return model
 
 
-def inputs(texts: str | list[str], images: Any = None, *, num_image_tokens: int = 5, **kwargs: Any) -> BatchFeature:
+def inputs(texts: str | list[str], images: Any = None, *, num_visual_tokens: int = 5, **kwargs: Any) -> BatchFeature:
     """As from `processor`, tensors, padded."""
-    return processor(num_image_tokens)(images, texts, return_tensors="pt", padding=True, **kwargs)
+    return processor(num_visual_tokens)(images, texts, return_tensors="pt", padding=True, **kwargs)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (20, 14)) -> Image.Image:

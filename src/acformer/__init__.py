@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from acformer.anchors import select_anchors, select_anchors_reference
+    from acformer.anchors.search import select_anchors, select_anchors_reference
     from acformer.connectors import Connector, build_connector, list_connectors
     from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
     from acformer.images import load_image
-    from acformer.vision import VisionFeatures, load_vision_encoder
+    from acformer.vision.encoder import load_vision_encoder
+    from acformer.vision.features import VisionFeatures
     from acformer.viz import show_anchors
 
 __version__ = "0.1.0"
@@ -21,13 +22,13 @@ _HOMES = {
     "AcFormerForConditionalGeneration": "hf",
     "AcFormerProcessor": "hf",
     "Connector": "connectors",
-    "VisionFeatures": "vision",
+    "VisionFeatures": "vision.features",
     "build_connector": "connectors",
     "list_connectors": "connectors",
     "load_image": "images",
-    "load_vision_encoder": "vision",
-    "select_anchors": "anchors",
-    "select_anchors_reference": "anchors",
+    "load_vision_encoder": "vision.encoder",
+    "select_anchors": "anchors.search",
+    "select_anchors_reference": "anchors.search",
     "show_anchors": "viz",
 }
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from acformer import __version__
 from acformer.commands import COMMANDS
 from acformer.errors import AcFormerError, UsageError
+from acformer.lab.commands import COMMANDS as LAB_COMMANDS
 
 INTERRUPTED, TERMINATED, PREEMPTED = 130, 143, 75
 GOES_ON = "; the same command goes on from the last checkpoint of the run (or starts the stage anew if none was saved)"
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="acformer", description="Multimodal LLMs that read 65 visual tokens instead of 577.")
     parser.add_argument("--version", action="version", version=f"acformer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in (*COMMANDS, *LAB_COMMANDS):
         command.add(commands, common)
     return parser
 

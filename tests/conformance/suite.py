@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acformer.download import locked, whole_folder
-from acformer.embedded import cache_dir
+from acformer.fetch.embedded import cache_dir
+from acformer.files import locked, whole_folder
 
 PACKAGE = "transformers_tests"
 

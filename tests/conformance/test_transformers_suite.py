@@ -58,7 +58,7 @@ class Inputs:
     def prepare_config_and_inputs_for_common(self) -> tuple[AcFormerConfig, dict[str, torch.Tensor]]:
         config = self.get_config()
         input_ids = torch.randint(10, config.text_config.vocab_size, (self.batch_size, self.seq_length))
-        input_ids[:, 1 : 1 + config.num_image_tokens] = config.image_token_id
+        input_ids[:, 1 : 1 + config.num_placeholders] = config.image_token_id
         pixel_values = torch.rand(self.batch_size, 3, self.image_size, self.image_size)
         attention_mask = torch.ones_like(input_ids)
         return config, {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
@@ -99,7 +99,7 @@ class TestConfig(unittest.TestCase):
 
 class TestProcessor(processing.ProcessorTesterMixin, unittest.TestCase):
     processor_class = AcFormerProcessor
-    options: ClassVar[dict[str, Any]] = {"num_image_tokens": 5}
+    options: ClassVar[dict[str, Any]] = {"num_visual_tokens": 5}
 
     @classmethod
     def _setup_from_components(cls) -> AcFormerProcessor:
@@ -109,5 +109,5 @@ class TestProcessor(processing.ProcessorTesterMixin, unittest.TestCase):
     def prepare_processor_dict(cls) -> dict[str, Any]:
         return cls.options
 
-    @pytest.mark.skip(reason="num_image_tokens is the connector's, and may be another in any one call")
+    @pytest.mark.skip(reason="num_visual_tokens is the connector's, and may be another in any one call")
     def test_call_arguments_not_in_attributes(self) -> None: ...

@@ -3,32 +3,6 @@
 Their modules import nothing heavy before `run`, so that `--help` and a typo are answered at once.
 """
 
-from acformer.commands import (
-    anchors,
-    ask,
-    bench,
-    connectors,
-    demo,
-    evaluate,
-    fetch,
-    quickstart,
-    reproduce,
-    stats,
-    train,
-    visualize,
-)
+from acformer.commands import anchors, ask, connectors, evaluate, fetch, train
 
-COMMANDS = (
-    quickstart,
-    fetch,
-    train,
-    evaluate,
-    ask,
-    anchors,
-    visualize,
-    stats,
-    demo,
-    connectors,
-    bench,
-    reproduce,
-)
+COMMANDS = (fetch, train, evaluate, ask, anchors, connectors)

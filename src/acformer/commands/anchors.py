@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> str:
     from acformer.images import load_image
 
     image = load_image(arguments.image)
-    from acformer.build import parse_device, square_image_processor
-    from acformer.vision import load_vision_encoder, require_whole_patches
+    from acformer.hf.build import parse_device, square_image_processor
+    from acformer.vision.encoder import load_vision_encoder, require_whole_patches
     from acformer.viz import draw_anchors, find_anchors
 
     device = parse_device(arguments.device)

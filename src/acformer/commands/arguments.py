@@ -24,8 +24,8 @@ def add_device(sub: argparse.ArgumentParser) -> None:
 
 def load(arguments: argparse.Namespace) -> Any:
     """The model of `add_model` and its processor, on the device that was asked for."""
-    from acformer.build import parse_device, parse_dtype
-    from acformer.checkpoints import load_model
+    from acformer.hf.build import parse_device, parse_dtype
+    from acformer.hf.checkpoints import load_model
 
     dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     return load_model(arguments.model, dtype=dtype, device=parse_device(arguments.device))

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     load_image(arguments.image)  # a bad picture is told before the model is loaded
     from acformer.evaluate.generate import converse
 
-    limits = {"num_image_tokens": arguments.tokens, "max_new_tokens": arguments.max_new_tokens}
+    limits = {"num_visual_tokens": arguments.tokens, "max_new_tokens": arguments.max_new_tokens}
     model, processor = load(arguments)
     for _ in converse(model, processor, arguments.image, arguments.questions, **limits, stream=True):
         pass

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> str:
         arguments.data,
         out,
         limit=arguments.limit,
-        num_image_tokens=arguments.tokens,
+        num_visual_tokens=arguments.tokens,
         batch_size=arguments.batch_size,
         max_new_tokens=arguments.max_new_tokens,
         progress=not arguments.quiet,

@@ -14,7 +14,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """The folder of each name."""
-    from acformer.embedded import fetch
+    from acformer.fetch.embedded import fetch
 
     found = fetch(arguments.names or None, index_url=arguments.index_url, progress=not arguments.quiet)
     return "\n".join(f"{name:<14} {folder}" for name, folder in found.items())

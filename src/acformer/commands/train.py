@@ -14,9 +14,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """The folder of the model."""
-    from acformer.recipe import load_recipe
+    from acformer.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo should not take seconds
-    from acformer.train import train
+    from acformer.training.stages import train
 
     return str(train(recipe, progress=not arguments.quiet))

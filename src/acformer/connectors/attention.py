@@ -23,7 +23,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads = whole_heads(dim, num_heads)
+        self.num_heads = check_divisible(dim, num_heads)
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim)
@@ -41,7 +41,7 @@ class MultiHeadAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def whole_heads(dim: int, num_heads: int) -> int:
+def check_divisible(dim: int, num_heads: int) -> int:
     """`num_heads`, or `UsageError` where a width of `dim` does not split into that many heads."""
     if dim % num_heads:
         raise UsageError(f"num_heads={num_heads} does not divide the width {dim}; choose one that does")

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from acformer.errors import UsageError
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class Geometry(NamedTuple):
@@ -32,12 +32,12 @@ class Connector(nn.Module, ABC):
 
     A subclass takes `(geometry, *, its own keyword arguments)`, tells its `num_tokens` and implements `aggregate`.
     `elastic` says that its weights do not depend on the number of tokens, so a caller may ask for another one.
-    `levels`: indices into the encoder's `hidden_states` of what it reads beside the feature layer (`VisionFeatures.
-    levels`), none of them above that layer.
+    `hidden_layers`: indices into the encoder's `hidden_states` of what it reads beside the feature layer, none above it
+    (they come in `VisionFeatures.hidden_layers`).
     """
 
     elastic = False
-    levels: tuple[int, ...] = ()
+    hidden_layers: tuple[int, ...] = ()
 
     def __init__(self, geometry: Geometry):
         super().__init__()
@@ -62,16 +62,16 @@ class Connector(nn.Module, ABC):
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """The connector's idea: features -> (B, num_tokens, E)."""
 
-    def blank(self) -> VisionFeatures:
+    def zero_features(self) -> VisionFeatures:
         """Features of one image in the shapes that this connector reads, all zeros."""
         sizes, like, (h, w) = self.geometry, next(self.parameters()), self.input_grid
         tokens = like.new_zeros(1, sizes.num_prefix_tokens + h * w, sizes.vision_hidden_size)
-        levels = tokens.unsqueeze(1).repeat(1, len(self.levels), 1, 1) if self.levels else None
-        return VisionFeatures(tokens, like.new_zeros(1, 1, h * w), (h, w), sizes.num_prefix_tokens, levels)
+        hidden_layers = tokens.unsqueeze(1).repeat(1, len(self.hidden_layers), 1, 1) if self.hidden_layers else None
+        return VisionFeatures(tokens, like.new_zeros(1, 1, h * w), (h, w), sizes.num_prefix_tokens, hidden_layers)
 
-    def at_rest(self) -> Float[Tensor, ""]:
+    def zero_loss(self) -> Float[Tensor, ""]:
         """0, as a function of every weight: a step without pictures stays differentiable, and in step on all ranks."""
-        return 0 * self(self.blank()).sum()
+        return 0 * self(self.zero_features()).sum()
 
     def forward(self, features: VisionFeatures, num_tokens: int | None = None) -> Float[Tensor, "B T E"]:
         """features -> (B, T, E); `num_tokens` overrides T where the connector is elastic, else `UsageError`."""

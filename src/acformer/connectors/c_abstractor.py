@@ -8,7 +8,7 @@ from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.grid_connector import GridConnector
 from acformer.connectors.regnet import RegNetStage
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class CAbstractorConnector(GridConnector):

@@ -9,7 +9,7 @@ from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.deformable import DeformableLayer, uniform_points
 from acformer.connectors.grid_connector import GridConnector
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class DAbstractorConnector(GridConnector):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from acformer.connectors.attention import MultiHeadAttention, whole_heads
+from acformer.connectors.attention import MultiHeadAttention, check_divisible
 
 
 class DeformableAttention(nn.Module):
@@ -26,7 +26,7 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, num_points: int):
         super().__init__()
-        self.num_heads, self.num_points = whole_heads(dim, num_heads), num_points
+        self.num_heads, self.num_points = check_divisible(dim, num_heads), num_points
         self.offset_proj = nn.Linear(dim, num_heads * num_points * 2)
         self.weight_proj = nn.Linear(dim, num_heads * num_points)
         self.v_proj = nn.Linear(dim, dim)

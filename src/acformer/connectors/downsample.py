@@ -11,7 +11,7 @@ from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.grid_connector import GridConnector
 from acformer.errors import UsageError
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class DownsampleConnector(GridConnector):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.grid_connector import GridConnector
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class LDPv2Connector(GridConnector):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.blocks import Projector
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class MLPConnector(Connector):

@@ -9,7 +9,7 @@ from torch import Tensor
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.patch_blocks import as_block, nearest_block, split_blocks
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class PixelShuffleConnector(Connector):

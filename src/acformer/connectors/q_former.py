@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from acformer.connectors.attention import whole_heads
+from acformer.connectors.attention import check_divisible
 from acformer.connectors.base import Connector, Geometry
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class QFormerConnector(Connector):
@@ -33,11 +32,13 @@ class QFormerConnector(Connector):
         ff_mult: float = 4,
         cross_attention_frequency: int = 2,
     ):
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel  # no other connector needs transformers
+
         super().__init__(geometry)
         config = Blip2QFormerConfig(
             hidden_size=hidden_size,
             num_hidden_layers=depth,
-            num_attention_heads=whole_heads(hidden_size, num_heads),
+            num_attention_heads=check_divisible(hidden_size, num_heads),
             intermediate_size=round(hidden_size * ff_mult),
             cross_attention_frequency=cross_attention_frequency,
             encoder_hidden_size=geometry.vision_hidden_size,

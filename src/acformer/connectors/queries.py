@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from acformer.anchors.selectors import SELECTORS, check_num, mean_cls_attention
 from acformer.connectors.base import Geometry
 from acformer.connectors.merging import fuse_rest, merge_rest, take
 from acformer.connectors.token_grid import nearest_num_tokens, token_grid
 from acformer.errors import UsageError
-from acformer.selectors import SELECTORS, check_num, mean_cls_attention
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class QuerySource(nn.Module, ABC):
@@ -92,7 +92,7 @@ class SelectedQueries(QuerySource):
     Args:
         geometry: D, E, grid and prefix tokens.
         num_anchors: patches beside [CLS], 1..N.
-        selector: a name in `acformer.selectors.SELECTORS`.
+        selector: a name in `acformer.anchors.selectors.SELECTORS`.
         stochastic: while training, draw the patches (Gumbel top-k) instead of taking the best; in evaluation the
             choice is the deterministic one.
     """
@@ -106,9 +106,9 @@ class SelectedQueries(QuerySource):
         if not 1 <= num_anchors <= most:
             h, w = geometry.grid
             raise UsageError(f"num_anchors={num_anchors} is outside 1..{most}: the image has {h} x {w} patches")
-        draw = SELECTORS[selector].draw
-        if stochastic and draw is None:
-            able = ", ".join(sorted(name for name, other in SELECTORS.items() if other.draw is not None))
+        sample = SELECTORS[selector].sample
+        if stochastic and sample is None:
+            able = ", ".join(sorted(name for name, other in SELECTORS.items() if other.sample is not None))
             raise UsageError(f"selector {selector!r} cannot draw its patches; stochastic ones: {able}")
         self.selector, self.stochastic = selector, stochastic
         self.num_cls = min(1, geometry.num_prefix_tokens)
@@ -135,8 +135,8 @@ class SelectedQueries(QuerySource):
     def choose(self, features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
         """Indices of `num` patches an image, ascending."""
         selector = SELECTORS[self.selector]
-        if selector.draw is not None and self.training and (self.stochastic or selector.redraws):
-            return selector.draw(features, num)
+        if selector.sample is not None and self.training and (self.stochastic or selector.redraws):
+            return selector.sample(features, num)
         return selector(features, num)
 
     def merge(self, features: VisionFeatures, index: Int[Tensor, "B K"], num: int) -> Float[Tensor, "B M D"]:

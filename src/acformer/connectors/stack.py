@@ -8,7 +8,7 @@ from torch import Tensor
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.blocks import CrossAttentionStack, Projector
 from acformer.connectors.queries import QuerySource
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class QueryConnector(Connector):

@@ -15,27 +15,27 @@ from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.blocks import Projector
 from acformer.connectors.patch_blocks import as_block, nearest_block, split_blocks
 from acformer.errors import UsageError
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 class TokenPackerConnector(Connector):
     """Proj(Attn(LN(W_q down(R)), LN(MLP_k(M)), LN(MLP_v(M)))), where a token attends its own s x s patches alone.
 
     down(R): the feature layer's patches, bilinearly shrunk by the scale s; for s = 2 the mean of the four. M: the
-    same patches at all `levels`, side by side (K D wide). T = N / s^2: 144 of 24 x 24 patches for s = 2. Source:
+    same patches at all `hidden_layers`, side by side (K D wide). T = N / s^2: 144 of 24 x 24 patches for s = 2. Source:
     TokenPacker (Li et al., arXiv 2407.02392) as released, where queries are not added to what they read; it also
-    starts as there. Differs in taking any scale, also one for rows and one for columns, and any levels.
+    starts as there. Differs in taking any scale, also one for rows and one for columns, and any hidden_layers.
 
     Args:
         geometry: where it stands.
         scale: s, or (s_h, s_w); must divide the grid.
-        levels: indices into the encoder's `hidden_states`; the source's are those of CLIP-L, 24 layers. [] for
+        hidden_layers: indices into the encoder's `hidden_states`; the source's are those of CLIP-L, 24 layers. [] for
             the feature layer's own patches alone.
         num_heads: must divide D; the release has D / 128 = 8.
 
     Raises:
         UsageError: a scale or heads that do not divide, an option of the wrong type; in the forward pass, features
-        without the levels.
+        without the hidden_layers.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class TokenPackerConnector(Connector):
         geometry: Geometry,
         *,
         scale: int | Sequence[int] = 2,
-        levels: Sequence[int] = (12, 16, 22, 23),
+        hidden_layers: Sequence[int] = (12, 16, 22, 23),
         num_heads: int = 8,
     ):
         super().__init__(geometry)
         self.block = as_block("scale", scale, geometry.grid)
-        self.levels = _as_levels(levels)
+        self.hidden_layers = _as_hidden_layers(hidden_layers)
         width = geometry.vision_hidden_size
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj, self.v_proj = (Projector(width * max(1, len(self.levels)), width) for _ in range(2))
+        self.k_proj, self.v_proj = (Projector(width * max(1, len(self.hidden_layers)), width) for _ in range(2))
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = MultiHeadAttention(width, num_heads)
         self.projector = Projector(width, geometry.text_hidden_size)
@@ -83,7 +83,7 @@ class TokenPackerConnector(Connector):
         return self.geometry.num_patches // (self.block[0] * self.block[1])
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
-        """(B, N, D) and levels (B, K, P+N, D) -> (B, T, E)."""
+        """(B, N, D) and hidden_layers (B, K, P+N, D) -> (B, T, E)."""
         coarse = self.coarse_queries(features)
         regions = split_blocks(self._patches_of_all_levels(features), features.grid, self.block).flatten(0, 1)
         query = self.norm_q(self.q_proj(coarse)).flatten(0, 1).unsqueeze(1)
@@ -97,20 +97,20 @@ class TokenPackerConnector(Connector):
         return F.interpolate(image, size=size, mode="bilinear").flatten(2).mT
 
     def _patches_of_all_levels(self, features: VisionFeatures) -> Float[Tensor, "B N M"]:
-        if not self.levels:
+        if not self.hidden_layers:
             return features.patches
-        if features.levels is None:
+        if features.hidden_layers is None:
             raise UsageError(
-                f"token_packer reads levels {list(self.levels)} of the encoder, but the features have none: encode "
-                f"with levels={list(self.levels)}, or build it with levels=[]"
+                f"token_packer reads the hidden layers {list(self.hidden_layers)} of the encoder, but the features "
+                "have none: encode with these hidden_layers, or build it with hidden_layers=[]"
             )
-        return features.levels[:, :, features.num_prefix_tokens :].transpose(1, 2).flatten(2)
+        return features.hidden_layers[:, :, features.num_prefix_tokens :].transpose(1, 2).flatten(2)
 
 
-def _as_levels(levels: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(levels, Sequence) or any(type(level) is not int for level in levels):
+def _as_hidden_layers(hidden_layers: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(hidden_layers, Sequence) or any(type(level) is not int for level in hidden_layers):
         raise UsageError(
-            f"option levels of connector 'token_packer' must be a list of whole numbers, got {levels!r}: "
+            f"option hidden_layers of connector 'token_packer' must be a list of whole numbers, got {hidden_layers!r}: "
             "indices into the encoder's hidden_states"
         )
-    return tuple(levels)
+    return tuple(hidden_layers)

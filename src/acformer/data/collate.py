@@ -50,7 +50,7 @@ class ConversationDataset(Dataset):
 
     def lengths(self) -> list[int]:
         """About how many tokens each item's longest sample has: what a batch is padded to."""
-        per_image, most = self.processor.num_image_tokens, self.max_length or sys.maxsize
+        per_image, most = self.processor.num_placeholders, self.max_length or sys.maxsize
         return [min(most, max(estimated_length(sample, per_image) for sample in item)) for item in self.items]
 
     def _encode(self, sample: Sample) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def grouped(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
 
 
 def stack_features(pictures: Sequence[Picture], features: Callable[[Picture], Features]) -> dict[str, Tensor]:
-    """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N), levels (U, K, P+N, D).
+    """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N), hidden_layers.
 
-    image_index (I,) says which of the U each of the I pictures is. They are known by path or name. One copy is made,
-    in a loader's worker straight into the memory that it shares with the main process.
+    hidden_layers are (U, K, P+N, D); image_index (I,) says which of the U each of the I pictures is. They are known by
+    path or name. One copy is made, in a loader's worker straight into the memory that it shares with the main process.
     """
     found = {one: {k: v for k, v in features(one).items() if v is not None} for one in dict.fromkeys(pictures)}
     place = {one: number for number, one in enumerate(found)}
@@ -185,12 +185,12 @@ class Collator:
 
     def _check(self, batch: dict[str, Tensor], num_images: int, items: list[dict[str, Any]]) -> None:
         """Placeholders are counted after all else, as the model will see them."""
-        per_image = self.processor.num_image_tokens
+        per_image = self.processor.num_placeholders
         written = int((batch["input_ids"] == self.processor.image_token_id).sum())
         if written != num_images * per_image:
             raise DataError(
                 f"{written} image tokens but {num_images} images x {per_image} in the batch {_names(items)}; "
-                "was the processor's num_image_tokens changed after encoding?"
+                "was the processor's num_visual_tokens changed after encoding?"
             )
         if not (batch["labels"] != IGNORE).any():
             raise DataError(f"nothing to learn in the batch {_names(items)}: every label is {IGNORE}")

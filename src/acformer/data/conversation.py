@@ -73,11 +73,11 @@ def encode_conversation(
     messages: Sequence[Message],
     *,
     max_length: int | None = None,
-    num_image_tokens: int | None = None,
+    num_placeholders: int | None = None,
 ) -> Encoded:
     """The ids of a whole conversation, with only the assistant's words and end tokens as labels.
 
-    Each image becomes `num_image_tokens` (default: the processor's) ids of `processor.image_token_id`.
+    Each image becomes `num_placeholders` (default: the processor's) ids of `processor.image_token_id`.
     Decoding the labels gives what the template makes of the assistant's text, and the end token
     (`tokenizer.eos_token`, else the first special token that the template writes after the text).
 
@@ -85,7 +85,7 @@ def encode_conversation(
     nothing supervised is left; `UsageError` when the template does not fit (no prefix property, no end token,
     images left out).
     """
-    input_ids, labels, num_images = _encode(processor, messages, num_image_tokens, for_answer=False)
+    input_ids, labels, num_images = _encode(processor, messages, num_placeholders, for_answer=False)
     if max_length is not None and processor.image_token_id in input_ids[max_length:]:
         raise DataError(f"max_length {max_length} cuts off image tokens ({len(input_ids)} tokens in all)")
     encoded = Encoded(input_ids[:max_length], labels[:max_length], num_images)
@@ -95,22 +95,22 @@ def encode_conversation(
     return encoded
 
 
-def encode_prompt(processor: Any, messages: Sequence[Message], *, num_image_tokens: int | None = None) -> list[int]:
+def encode_prompt(processor: Any, messages: Sequence[Message], *, num_placeholders: int | None = None) -> list[int]:
     """The ids to generate an answer to `messages` from, with the generation prompt.
 
     They are a prefix of what `encode_conversation` makes of `messages` and the answer. Errors: as there, and
     `DataError` when the last message is the assistant's.
     """
-    input_ids, *_ = _encode(processor, messages, num_image_tokens, for_answer=True)
+    input_ids, *_ = _encode(processor, messages, num_placeholders, for_answer=True)
     if messages[-1]["role"] == "assistant":
         raise DataError("a prompt cannot end with the assistant's turn")
     return input_ids
 
 
 def _encode(
-    processor: Any, messages: Sequence[Message], num_image_tokens: int | None, *, for_answer: bool
+    processor: Any, messages: Sequence[Message], num_placeholders: int | None, *, for_answer: bool
 ) -> tuple[list[int], list[int], int]:
-    per_image = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
+    per_image = processor.num_placeholders if num_placeholders is None else num_placeholders
     control = _control_tokens(processor)
     chat, gap, num_images = _flatten(messages, control.values())
     text = _render(processor, chat, for_answer)

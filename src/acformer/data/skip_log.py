@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from acformer.download import locked
 from acformer.errors import DataError
+from acformer.files import locked
 
 FsPath = str | os.PathLike[str]
 SKIPPED = "skipped.jsonl"

@@ -11,51 +11,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from acformer.data.conversation import IMAGE_TAG, check_images, split_at_images
 from acformer.data.samples import Sample
 from acformer.data.skip_log import FsPath, SkipLog
-from acformer.embedded import embedded_path
-from acformer.errors import DataError, unknown_name
-from acformer.scenes.levels import LEVELS
+from acformer.errors import DataError
 
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-EASY_VQA = ("train", "test", "captions", "train_dialogues")
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def load_samples(
-    name_or_path: FsPath, *, image_root: FsPath | None = None, skipped: SkipLog | None = None, limit: int | None = None
-) -> list[Sample]:
-    """The samples of a file, of `easy-vqa` (`:train`, `:test`, `:captions`, `:train_dialogues`) or of drawn scenes.
-
-    Scenes: `openmoji-scenes` and `openmoji-scenes-small`, parts as in `acformer.scenes.dataset`.
-    Of more than `limit` the first; what follows is not looked at, nor counted. Errors: `DataError` as `read_samples`,
-    and when too many records are bad (`SkipLog.check`); `UsageError` for an unknown part of easy-vqa.
-    """
-    skipped = skipped or SkipLog()
-    name, _, part = str(name_or_path).partition(":")
-    path = Path(name_or_path)
-    if name in LEVELS:
-        return _scenes(name, part or "train", limit, skipped)
-    if name == "easy-vqa":
-        if part and part not in EASY_VQA:
-            raise unknown_name("part of easy-vqa", part, EASY_VQA)
-        path = embedded_path("easy-vqa") / f"{part or 'train'}.jsonl"
-    samples = list(islice(read_samples(path, image_root=image_root, skipped=skipped), limit))
-    skipped.check()
-    return samples
-
-
-def _scenes(name: str, part: str, limit: int | None, skipped: SkipLog) -> list[Sample]:
-    from acformer.scenes.dataset import scene_samples
-
-    samples = scene_samples(name, part, limit)
-    skipped.offered += len(samples)
-    return samples
 
 
 def read_samples(path: FsPath, *, image_root: FsPath | None = None, skipped: SkipLog) -> Iterator[Sample]:

@@ -13,7 +13,7 @@ from acformer.data.collate import stack_features
 from acformer.data.conversation import Message, encode_prompt
 from acformer.data.samples import Sample
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.image_tokens import Features, ImageTokens
+from acformer.hf.visual_token_cache import Features, VisualTokenCache
 from acformer.images import load_image
 
 
@@ -22,23 +22,23 @@ def prompt_inputs(
     prompts: Sequence[Sequence[Message]],
     images: Sequence[Path] = (),
     features: Features | None = None,
-    num_image_tokens: int | None = None,
+    num_visual_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Model inputs for a batch of prompts, padded on the left so that answers start side by side.
 
-    `images`: the pictures of all prompts in order; none where `image_tokens` are given to the model beside these
+    `images`: the pictures of all prompts in order; none where `visual_tokens` are given to the model beside these
     inputs. `features`: what a frozen encoder made of a path, if known.
     """
-    placeholders = processor.num_placeholders(num_image_tokens)
-    rows = [encode_prompt(processor, prompt, num_image_tokens=placeholders) for prompt in prompts]
+    placeholders = processor.count_placeholders(num_visual_tokens)
+    rows = [encode_prompt(processor, prompt, num_placeholders=placeholders) for prompt in prompts]
     length = max(len(row) for row in rows)
     pad = processor.tokenizer.pad_token_id
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor([[pad] * (length - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
     }
-    if num_image_tokens is not None:
-        inputs["num_image_tokens"] = num_image_tokens
+    if num_visual_tokens is not None:
+        inputs["num_visual_tokens"] = num_visual_tokens
     if images and features is not None:
         inputs["vision_features"] = stack_features(images, features)
     elif images:
@@ -53,26 +53,26 @@ def answer(
     samples: Sequence[Sample],
     *,
     features: Features | None = None,
-    num_image_tokens: int | None = None,
+    num_visual_tokens: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 16,
     progress: bool = True,
 ) -> Iterator[str]:
     """The model's answer to each sample, in order, as it becomes known.
 
-    A picture that several questions are about runs through encoder and connector once (`ImageTokens`). `features`:
+    A picture that several questions are about runs through encoder and connector once (`VisualTokenCache`). `features`:
     what a frozen encoder made of a path, if known. The batch does not change the answer (in float32). Errors:
     `ImageError` for a picture that cannot be read; an evaluation never scores an error as a wrong answer.
     """
-    tokens = ImageTokens(model, processor, features=features)
+    tokens = VisualTokenCache(model, processor, features=features)
     options = generation_options(processor, max_new_tokens)
     with tqdm(total=len(samples), desc="answer", unit="q", disable=not progress) as bar:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            inputs = prompt_inputs(processor, [sample.prompt for sample in batch], num_image_tokens=num_image_tokens)
-            image_tokens = tokens([path for sample in batch for path in sample.images], num_image_tokens)
+            inputs = prompt_inputs(processor, [sample.prompt for sample in batch], num_visual_tokens=num_visual_tokens)
+            visual_tokens = tokens([path for sample in batch for path in sample.images], num_visual_tokens)
             with torch.inference_mode():
-                output = model.generate(**to_device(inputs, model.device), image_tokens=image_tokens, **options)
+                output = model.generate(**to_device(inputs, model.device), visual_tokens=visual_tokens, **options)
             yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
             bar.update(len(batch))
 
@@ -83,8 +83,8 @@ def converse(
     image: Path | bytes,
     questions: Iterable[str],
     *,
-    tokens: ImageTokens | None = None,
-    num_image_tokens: int | None = None,
+    tokens: VisualTokenCache | None = None,
+    num_visual_tokens: int | None = None,
     max_new_tokens: int = 128,
     stream: bool = False,
 ) -> Iterator[str]:
@@ -93,18 +93,18 @@ def converse(
     A question is asked for when the answer to the one before was taken, so `questions` may be someone typing. `tokens`
     keeps pictures over several calls. `stream` prints each answer word by word as it is made.
     """
-    tokens = tokens or ImageTokens(model, processor)
-    image_tokens = tokens([image], num_image_tokens)
+    tokens = tokens or VisualTokenCache(model, processor)
+    visual_tokens = tokens([image], num_visual_tokens)
     options = generation_options(processor, max_new_tokens)
     messages: list[Message] = []
     for question in questions:
         parts = [{"type": "text", "text": question}]
         messages.append({"role": "user", "content": parts if messages else [{"type": "image"}, *parts]})
-        inputs = prompt_inputs(processor, [messages], num_image_tokens=num_image_tokens)
+        inputs = prompt_inputs(processor, [messages], num_visual_tokens=num_visual_tokens)
         streamer = AnswerStreamer(processor) if stream else None
         with torch.inference_mode():
             output = model.generate(
-                **to_device(inputs, model.device), image_tokens=image_tokens, **options, streamer=streamer
+                **to_device(inputs, model.device), visual_tokens=visual_tokens, **options, streamer=streamer
             )
         (said,) = decode(processor, output[:, inputs["input_ids"].shape[1] :])
         messages.append({"role": "assistant", "content": said})

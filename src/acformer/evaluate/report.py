@@ -4,27 +4,24 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from acformer.data.datasets import load_samples, named_dataset
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SkipLog
-from acformer.data.sources import load_samples
 from acformer.errors import DataError
 from acformer.evaluate.families import Reply, blind_replies, family_scores
 from acformer.evaluate.generate import Features, answer
 from acformer.evaluate.scorers import accuracy_by_kind, interval
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.scenes.levels import LEVELS
-
-BLIND_SCENES = 2000  # of the train split: enough for frequencies, and made in seconds
 
 
 def evaluation_samples(data: str, limit: int | None = None) -> list[Sample]:
     """Records with an answer to compare with; a data set's bare name means its test questions. No record may be bad."""
-    named = f"{data}:test" if data in ("easy-vqa", *LEVELS) else data
-    samples = load_samples(named, skipped=SkipLog(max_bad_fraction=0.0), limit=limit)
+    named = named_dataset(data)
+    part = f"{data}:{named[0].test_part}" if named and not named[1] else data
+    samples = load_samples(part, skipped=SkipLog(max_bad_fraction=0.0), limit=limit)
     if unanswered := [sample.id for sample in samples if sample.answer is None]:
         raise DataError(f"{data}: {len(unanswered)} records have no answer to compare with, first: {unanswered[0]}")
     return samples
@@ -37,7 +34,7 @@ def evaluate(
     *,
     limit: int | None = None,
     features: Features | None = None,
-    num_image_tokens: int | None = None,
+    num_visual_tokens: int | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 16,
     progress: bool = True,
@@ -56,7 +53,7 @@ def evaluate(
         processor,
         samples,
         features=features,
-        num_image_tokens=num_image_tokens,
+        num_visual_tokens=num_visual_tokens,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         progress=progress,
@@ -66,7 +63,7 @@ def evaluate(
     scores = {
         **score_replies(data, replies),
         "num_images": len({path for sample in samples for path in sample.images}),
-        "num_image_tokens": num_image_tokens or model.model.connector.num_tokens,
+        "num_image_tokens": num_visual_tokens or model.model.connector.num_tokens,
         "num_vision_tokens": model.config.num_vision_tokens,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -111,13 +108,8 @@ def write_predictions(samples: Sequence[Sample], answers: Iterable[str], path: P
 
 def training_questions(data: str) -> list[Reply]:
     """The questions that blind answers are learnt from; none where a data set has no split of its own for that."""
-    name = data.partition(":")[0]
-    if name in LEVELS:
-        from acformer.scenes.dataset import undrawn_samples
-
-        train = takewhile(lambda sample: sample.record < BLIND_SCENES, undrawn_samples(name, "train"))
-        return [as_reply(sample) for sample in train]
-    return [as_reply(sample) for sample in load_samples("easy-vqa:train")] if name == "easy-vqa" else []
+    named = named_dataset(data)
+    return [as_reply(sample) for sample in named[0].known_samples()] if named else []
 
 
 def as_reply(sample: Sample) -> Reply:

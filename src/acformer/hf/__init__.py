@@ -2,9 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from acformer.hf.bare_acformer import AcFormerModel
 from acformer.hf.configuration_acformer import AcFormerConfig
-from acformer.hf.modeling_acformer import AcFormerForConditionalGeneration
+from acformer.hf.modeling_acformer import AcFormerForConditionalGeneration, AcFormerModel
 from acformer.hf.processing_acformer import AcFormerProcessor
 
 AutoConfig.register("acformer", AcFormerConfig, exist_ok=True)

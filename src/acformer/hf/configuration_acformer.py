@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from acformer.cls_attention import num_prefix_tokens
 from acformer.connectors import Connector, Geometry, build_connector
 from acformer.errors import UsageError
-from acformer.fusion import fusion_class
-from acformer.vision import patch_grid
+from acformer.hf.fusion import fusion_class
+from acformer.vision.encoder import patch_grid
+from acformer.vision.families import num_prefix_tokens
 
 KINDS: dict[str, tuple[type, ...]] = {
     "vision_config": (dict, PreTrainedConfig),
@@ -72,9 +72,9 @@ class AcFormerConfig(PreTrainedConfig):
         )
 
     @property
-    def num_image_tokens(self) -> int:
+    def num_placeholders(self) -> int:
         """What one image costs in the prompt: the connector's T under `concat`, 1 under `gated_cross_attention`."""
-        return fusion_class(self.fusion).num_placeholders(self._connector().num_tokens)
+        return fusion_class(self.fusion).count_placeholders(self._connector().num_tokens)
 
     @property
     def num_vision_tokens(self) -> int:

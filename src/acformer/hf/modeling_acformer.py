@@ -1,23 +1,282 @@
-"""The whole model, the Hugging Face way: `AcFormerModel` with the language model's head, loss and `generate`.
+"""`AcFormerModel` and `AcFormerForConditionalGeneration`: encoder, connector, fusion, language model (eq. 2, 3, 6).
 
-LLaVA's names and forward signature.
+LLaVA's module names and forward signature, and a loading that refuses weights which do not fit (transformers itself
+warns of them, and goes on with random ones). Not LLaVA's: the connector, the encoder's end at the feature layer,
+visual tokens that may stand beside the text.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from acformer.errors import UsageError
-from acformer.hf.bare_acformer import AcFormerModel, check_counts
+from acformer.connectors import Connector, build_connector
+from acformer.errors import CheckpointError, UsageError
 from acformer.hf.configuration_acformer import AcFormerConfig
-from acformer.hf.outputs_acformer import AcFormerCausalLMOutput
-from acformer.hf.pretrained_acformer import AcFormerPreTrainedModel
-from acformer.vision import VisionFeatures
+from acformer.hf.fusion import GatedBlock, build_fusion
+from acformer.vision.cls_attention import ClsAttentionTap
+from acformer.vision.encoder import features_from_tap, hidden_layer_blocks, resized, size_kwargs, truncate
+from acformer.vision.features import VisionFeatures
+
+
+@dataclass
+class AcFormerModelOutput(BaseModelOutputWithPast):
+    """As the language model's output; `image_hidden_states`: (images * T, E) visual tokens."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class AcFormerCausalLMOutput(CausalLMOutputWithPast):
+    """`loss` (scalar), `logits` (B, L, V), cache, and what was asked for; visual tokens as in the model's output."""
+
+    image_hidden_states: Tensor | None = None
+
+
+class AcFormerPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about our modules: what they support, how they are initialised."""
+
+    config: AcFormerConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    keys_left_out: ClassVar[set[str]] = set()
+    """Weights of a whole model's checkpoint that this class has no use for."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: of custom code, transformers would leave every module uninitialised that has no weights of its own."""
+        return False
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | None, *args: Any, strict: bool = True, **kwargs: Any
+    ) -> Any:
+        """As transformers', but a missing, unexpected or wrong-shaped weight is a `CheckpointError`.
+
+        Safetensors alone are read unless `use_safetensors=False` says otherwise: a pickle may be anything.
+        `strict=False` restores transformers' behaviour: a report is printed and a model is returned.
+        """
+        name, want_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        kwargs.setdefault("use_safetensors", True)
+        kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
+        model, report = super().from_pretrained(name, *args, **kwargs)
+        if strict:
+            _refuse_wrong_keys(cls, name, report, shapes_may_differ)
+        return (model, report) if want_report else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Connector):
+            self._start_as_built(module)
+        elif isinstance(module, GatedBlock):
+            module.close()
+
+    def _start_as_built(self, connector: Connector) -> None:
+        """What was not loaded starts with the value that the connector's constructor gives it.
+
+        transformers builds models without memory and would know only some kinds of weights; a connector may hold any.
+        """
+        waiting = {name: value for name, value in _tensors(connector).items() if not _is_loaded(value)}
+        if not waiting:
+            return
+        with torch.device("cpu"):
+            built = _tensors(build_connector(self.config.connector, connector.geometry, **self.config.connector_kwargs))
+        for name, value in waiting.items():
+            init.copy_(value, built[name])
+
+
+def _tensors(connector: Connector) -> dict[str, Tensor]:
+    """Weights and buffers, those among them that no checkpoint holds."""
+    return {**dict(connector.named_parameters()), **dict(connector.named_buffers())}
+
+
+def _is_loaded(value: Tensor) -> bool:
+    return getattr(value, "_is_hf_initialized", False)
+
+
+def _refuse_wrong_keys(
+    model_class: type[AcFormerPreTrainedModel], name: str | None, report: dict, shapes_may_differ: bool
+) -> None:
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(set(report["unexpected_keys"]) - model_class.keys_left_out),
+        "of another shape": [] if shapes_may_differ else sorted(str(key) for key in report["mismatched_keys"]),
+    }
+    if told := [f"{len(keys)} weights {what} (first: {keys[0]})" for what, keys in problems.items() if keys]:
+        raise CheckpointError(f"{name}: the weights do not fit the config: {'; '.join(told)}")
+
+
+class AcFormerModel(AcFormerPreTrainedModel):
+    """Image encoder, connector, fusion and language model without its head."""
+
+    keys_left_out = {"lm_head.weight"}  # noqa: RUF012 (as transformers' own class attributes)
+
+    def __init__(self, config: AcFormerConfig):
+        super().__init__(config)
+        self.vision_tower = truncate(AutoModel.from_config(config.vision_config), config.feature_layer)
+        self.connector = build_connector(config.connector, config.geometry, **config.connector_kwargs)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.fusion = build_fusion(config.fusion, self.language_model, **config.fusion_kwargs)
+        hidden_layers = hidden_layer_blocks(config.vision_config, self.connector.hidden_layers, config.feature_layer)
+        self.cls_attention_tap = ClsAttentionTap(self.vision_tower, hidden_layers)
+        self.post_init()
+
+    def get_vision_features(self, pixel_values: Tensor) -> VisionFeatures:
+        """(images, 3, Y, X) pixels -> what the encoder knows: tokens, [CLS] attention, grid, further hidden layers.
+
+        The images are resized first where the connector wants another grid of patches (`Connector.input_grid`).
+        """
+        return self._encode(pixel_values)[1]
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        vision_features: VisionFeatures | Mapping | None = None,
+        num_visual_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """The encoder's output, with the visual tokens in `pooler_output`: a list of one (T, E) per image.
+
+        Args:
+            pixel_values: (images, 3, Y, X).
+            vision_features: instead of pixels, what `get_vision_features` gave, or a dict: tokens (U, P+N, D),
+                cls_attention (U, H, N), hidden_layers (U, K, P+N, D) and, where prompts share pictures, image_index
+                (images,) into the U.
+            num_visual_tokens: another T than the connector's own, where it is elastic.
+        """
+        if vision_features is not None:
+            features = self.as_features(vision_features)
+            output = BaseModelOutputWithPooling(last_hidden_state=features.tokens)
+        elif pixel_values is not None:
+            output, features = self._encode(pixel_values, **kwargs)
+        else:
+            raise ValueError("give pixel_values or vision_features")
+        tokens = self.connector(features, num_visual_tokens)
+        if isinstance(vision_features, Mapping) and "image_index" in vision_features:
+            tokens = tokens[vision_features["image_index"]]
+        output.pooler_output = list(tokens)
+        return output
+
+    def _encode(self, pixel_values: Any, **kwargs: Any) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
+        if self.connector.input_grid != self.connector.geometry.grid:
+            pixel_values = resized(pixel_values, self.vision_tower.config, self.connector.input_grid)
+        kwargs = {**kwargs, **size_kwargs(self.vision_tower.config, pixel_values), "return_dict": True}
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        # No graph of a frozen encoder, also where `enable_input_require_grads` would start one in its embeddings. Not
+        # inference_mode, whose tensors the connector could not save for its backward pass without a copy.
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            output = self.vision_tower(pixel_values, **kwargs)
+        return output, features_from_tap(self.cls_attention_tap, self.vision_tower.config, pixel_values)
+
+    def as_features(self, features: VisionFeatures | Mapping) -> VisionFeatures:
+        """Features, also cached ones (tokens, cls_attention, hidden_layers), on the model's device, in its dtype."""
+        if isinstance(features, Mapping):
+            grid, prefix = self.connector.input_grid, self.connector.geometry.num_prefix_tokens
+            row, hidden_layers = features.get("cls_attention"), features.get("hidden_layers")
+            features = VisionFeatures(features["tokens"], row, grid, prefix, hidden_layers)
+        row, hidden_layers = features.cls_attention, features.hidden_layers
+        return features._replace(
+            tokens=features.tokens.to(self.device, self.dtype),
+            cls_attention=None if row is None else row.to(self.device),  # in its own dtype: rounded scores would tie
+            hidden_layers=None if hidden_layers is None else hidden_layers.to(self.device, self.dtype),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        vision_features: VisionFeatures | Mapping | None = None,
+        num_visual_tokens: int | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cross_attention_states: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> AcFormerModelOutput:
+        """Images to visual tokens, then the language model with these in its sequence or beside it (see `fusion`).
+
+        cross_attention_states, cross_attention_mask: what `images_by_row` gave, for a fusion that reads the images at
+        every step, in place of the images.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_output = (mm_encoder_outputs or {}).get("image")
+        if image_output is None and (pixel_values is not None or vision_features is not None):
+            image_output = self.get_image_features(pixel_values, vision_features, num_visual_tokens)
+        places, images = None, {}
+        if image_output is not None:
+            places = self.image_places(input_ids, inputs_embeds)
+            images = self._gather(places, image_output.pooler_output)
+        elif cross_attention_states is not None and cross_attention_mask is not None:
+            places = self.image_places(input_ids, inputs_embeds)
+            images = {
+                "cross_attention_states": cross_attention_states,
+                "cross_attention_mask": cross_attention_mask,
+            }
+        elif self.training:
+            inputs_embeds = inputs_embeds + (self.connector.zero_loss() + self.fusion.zero_loss()).to(inputs_embeds)
+        inputs_embeds, told = self.fusion(inputs_embeds, places, **images)
+        output = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **told,
+            **kwargs,
+        )
+        visual_tokens = None if image_output is None else torch.cat(list(image_output.pooler_output))
+        return AcFormerModelOutput(**output, image_hidden_states=visual_tokens)
+
+    def images_by_row(self, image_output: BaseModelOutputWithPooling, places: Tensor) -> dict[str, Tensor]:
+        """What `forward` takes in place of the images at each step of a generation from a prompt with these places."""
+        return self._gather(places, image_output.pooler_output)
+
+    def _gather(self, places: Tensor, per_image: Sequence[Tensor]) -> dict[str, Tensor]:
+        wanted = sum(self.fusion.count_placeholders(len(tokens)) for tokens in per_image)
+        check_counts(places.sum(), len(per_image), wanted)
+        return self.fusion.gather(places, per_image)
+
+    def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, L) bool: where the image tokens stand; by the ids, or by the embeddings where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+
+def check_counts(placeholders: Tensor, num_images: int, num_features: int) -> None:
+    """`ValueError` with both numbers unless the prompts hold as many image tokens as the images need."""
+    torch_compilable_check(
+        placeholders == num_features,
+        lambda: (
+            f"the prompts hold {int(placeholders)} image tokens but the images give {num_features} "
+            f"({num_images} images): Image features and image tokens do not match. Make prompts and pixels with "
+            "one processor call, and give the same num_visual_tokens to the processor and the model"
+        ),
+    )
 
 
 class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin):
@@ -45,7 +304,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         inputs: Tensor | None = None,
         *args: Any,
         vision_features: Any = None,
-        image_tokens: Sequence[Tensor] | None = None,
+        visual_tokens: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers', and two more ways to give the images; image tokens without images are refused.
@@ -54,18 +313,18 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
 
         Args:
             vision_features: encoder output instead of `pixel_values` (see `AcFormerModel.get_image_features`).
-            image_tokens: instead of either, the visual tokens (T, E) of each image, as `ImageTokens` keeps them.
+            visual_tokens: instead of either, the visual tokens (T, E) of each image, as `VisualTokenCache` keeps them.
         """
         every_step = self.model.fusion.reads_every_step
         if every_step:
             self._refuse_prompt_lookup(*args, **kwargs)
-        if image_tokens is not None and len(image_tokens):
-            output = BaseModelOutputWithPooling(pooler_output=list(image_tokens))
+        if visual_tokens is not None and len(visual_tokens):
+            output = BaseModelOutputWithPooling(pooler_output=list(visual_tokens))
             kwargs["mm_encoder_outputs"] = {"image": output}
         elif vision_features is not None or (every_step and kwargs.get("pixel_values") is not None):
-            pixels, budget = kwargs.pop("pixel_values", None), kwargs.pop("num_image_tokens", None)
+            pixels, budget = kwargs.pop("pixel_values", None), kwargs.pop("num_visual_tokens", None)
             with torch.no_grad():
-                output = self.get_image_features(pixels, vision_features=vision_features, num_image_tokens=budget)
+                output = self.get_image_features(pixels, vision_features=vision_features, num_visual_tokens=budget)
             kwargs["mm_encoder_outputs"] = {"image": output}
         given = kwargs.get("mm_encoder_outputs")
         ids, cache = kwargs.get("input_ids", inputs), kwargs.get("past_key_values")
@@ -120,7 +379,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_image_tokens: int | None = None,
+        num_visual_tokens: int | None = None,
         supervised_only: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
@@ -135,7 +394,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             labels: (B, L), -100 where nothing is learned; the loss is a mean over the others, or a sum divided by
                 `num_items_in_batch` when the trainer passes it.
             vision_features: encoder output instead of `pixel_values` (see `get_image_features`).
-            num_image_tokens: T for this call, where the connector is elastic; under `concat` the prompt holds as many.
+            num_visual_tokens: T for this call, where the connector is elastic; under `concat` the prompt holds as many.
             cross_attention_states, cross_attention_mask: see `AcFormerModel.forward`.
             supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
                 without the other rows of the vocabulary's product, and without a KV cache: for training.
@@ -153,7 +412,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
-            num_image_tokens=num_image_tokens,
+            num_visual_tokens=num_visual_tokens,
             mm_encoder_outputs=mm_encoder_outputs,
             cross_attention_states=cross_attention_states,
             cross_attention_mask=cross_attention_mask,

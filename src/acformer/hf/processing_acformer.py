@@ -9,7 +9,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
-from acformer.fusion import fusion_class
+from acformer.hf.fusion import fusion_class
 from acformer.images import load_image
 
 IMAGE_TOKEN = "<image>"
@@ -18,8 +18,9 @@ IMAGE_TOKEN = "<image>"
 class AcFormerProcessor(ProcessorMixin):
     """An image processor, a tokenizer that knows `<image>`, a chat template, and T.
 
-    `num_image_tokens` comes from `AcFormerConfig.num_image_tokens` (the connector; 1 where `fusion` is not `concat`)
-    and is saved with the processor, so that a server can size its prompts without the model.
+    `num_placeholders` comes from the config's (the connector's T; 1 where `fusion` is not `concat`) and is saved with
+    the processor, so that a server can size its prompts without the model. Processors saved before version 0.2 call it
+    `num_image_tokens`.
     """
 
     def __init__(
@@ -27,12 +28,12 @@ class AcFormerProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         chat_template: str | None = None,
-        num_image_tokens: int = 145,
+        num_placeholders: int = 145,
         image_token: str = IMAGE_TOKEN,
         fusion: str = "concat",
         **kwargs: Any,
     ):
-        self.num_image_tokens = num_image_tokens
+        self.num_placeholders = kwargs.pop("num_image_tokens", num_placeholders)
         self.fusion = fusion
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -41,7 +42,7 @@ class AcFormerProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
-        self, images: Any = None, text: Any = None, *, num_image_tokens: int | None = None, **kwargs: Any
+        self, images: Any = None, text: Any = None, *, num_visual_tokens: int | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Model inputs for prompts in which every image is one `<image>`.
 
@@ -50,20 +51,20 @@ class AcFormerProcessor(ProcessorMixin):
                 a list for each prompt. Nothing is fetched.
             text: one prompt or several. Where they begin with the tokenizer's BOS token, as a rendered chat may, the
                 tokenizer does not add another one.
-            num_image_tokens: another T in this call, passed on to the model with the inputs.
+            num_visual_tokens: another T in this call, passed on to the model with the inputs.
 
         Raises:
             ImageError: a picture that cannot be read, a URL. ValueError: tags and images differ in number.
         """
-        own = self.num_image_tokens if self.fusion == "concat" else None
-        if num_image_tokens is None or num_image_tokens == own:
+        own = self.num_placeholders if self.fusion == "concat" else None
+        if num_visual_tokens is None or num_visual_tokens == own:
             if self._begin_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
                 kwargs["add_special_tokens"] = False
             return super().__call__(images=images, text=text, **kwargs)
         other = copy.copy(self)
-        other.num_image_tokens = self.num_placeholders(num_image_tokens)
+        other.num_placeholders = self.count_placeholders(num_visual_tokens)
         inputs = other(images, text, **kwargs)
-        inputs["num_image_tokens"] = num_image_tokens
+        inputs["num_visual_tokens"] = num_visual_tokens
         return inputs
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,11 +73,11 @@ class AcFormerProcessor(ProcessorMixin):
             raise ValueError(f"a chat with this model holds text and images, not {' and '.join(sorted(other))}")
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def num_placeholders(self, num_image_tokens: int | None = None) -> int:
+    def count_placeholders(self, num_visual_tokens: int | None = None) -> int:
         """Image tokens that a prompt holds for an image of T visual tokens (by default the model's own T)."""
-        if num_image_tokens is None:
-            return self.num_image_tokens
-        return fusion_class(self.fusion).num_placeholders(num_image_tokens)
+        if num_visual_tokens is None:
+            return self.num_placeholders
+        return fusion_class(self.fusion).count_placeholders(num_visual_tokens)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """As transformers', which would fetch URLs and open paths in a way of its own; no image at all is None."""
@@ -109,12 +110,12 @@ class AcFormerProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image: T image tokens, whatever its size."""
-        return self.image_token * self.num_image_tokens
+        return self.image_token * self.num_placeholders
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         """For vLLM: tokens per image of the given (height, width)s."""
         count = len(image_sizes or [])
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        return MultiModalData(num_image_tokens=[self.num_placeholders] * count, num_image_patches=[1] * count)
 
 
 def _is_nested(images: Any) -> bool:

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from acformer.anchors import quotas, select_anchors
+from acformer.anchors.search import quotas, select_anchors
 from acformer.errors import UsageError
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 @dataclass(frozen=True, eq=False)

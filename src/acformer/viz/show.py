@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from acformer.build import square_image_processor
+from acformer.hf.build import square_image_processor
 from acformer.images import ImageSource, load_image
-from acformer.vision import VisionEncoder, load_vision_encoder, require_whole_patches
+from acformer.vision.encoder import VisionEncoder, load_vision_encoder, require_whole_patches
 from acformer.viz.find import find_anchors
 from acformer.viz.overlay import draw_anchors, padded_square
 
@@ -34,7 +34,7 @@ def show_anchors(
     Raises:
         ImageError: the picture cannot be read. CheckpointError: no such encoder. UsageError: see `find_anchors`.
     """
-    from acformer.viz.sheet import Drawing  # matplotlib is slow to import
+    from acformer.viz.drawing import Drawing  # matplotlib is slow to import
 
     picture = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
     loaded = load_vision_encoder(encoder) if isinstance(encoder, str) else encoder

@@ -17,7 +17,7 @@ from acformer.connectors.blocks import CrossAttention
 from acformer.connectors.mlp import MLPConnector
 from acformer.connectors.stack import QueryConnector
 from acformer.errors import UsageError
-from acformer.vision import VisionFeatures
+from acformer.vision.features import VisionFeatures
 
 
 def token_sources(
@@ -36,7 +36,7 @@ def token_sources(
     image = features._replace(
         tokens=features.tokens[:1],
         cls_attention=None if features.cls_attention is None else features.cls_attention[:1],
-        levels=None if features.levels is None else features.levels[:1],
+        hidden_layers=None if features.hidden_layers is None else features.hidden_layers[:1],
     )
     if isinstance(connector, QueryConnector) and connector.stack is not None:
         return _cross_attention(connector, image, num_tokens)

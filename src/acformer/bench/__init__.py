@@ -1,5 +1,0 @@
-"""What things cost: each part of a model and each step of its life, timed side by side, with the floor beside it."""
-
-from acformer.bench.facts import machine
-
-__all__ = ["machine"]

@@ -1,0 +1,116 @@
+"""Data sets by name: what `data: NAME[:PART]` of a recipe and `acformer eval --data NAME[:PART]` mean.
+
+A file of conversations needs no entry here. A package of your own offers a data set by an entry point in the group
+`acformer.datasets`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+from acformer.data.samples import Sample
+from acformer.data.skip_log import SkipLog
+from acformer.data.sources import read_samples
+from acformer.errors import unknown_name
+from acformer.fetch.embedded import embedded_path
+from acformer.registry import Registry
+
+
+class Dataset(ABC):
+    """A data set with named parts."""
+
+    train_part: ClassVar[str] = "train"
+    """The part that a bare name means in training."""
+    test_part: ClassVar[str] = "test"
+    """The part that a bare name means in evaluation."""
+
+    @abstractmethod
+    def samples(self, part: str, *, limit: int | None, skipped: SkipLog) -> list[Sample]:
+        """The first `limit` samples of a part, counted in `skipped`; `UsageError` for a part that there is not."""
+
+    def known_samples(self) -> Iterable[Sample]:
+        """Questions with answers from which an answer without a look at the image is learnt: none of the test's."""
+        return ()
+
+    def example_questions(self) -> tuple[str, ...]:
+        """A few questions of its kind, for a person who does not know what to ask."""
+        return ()
+
+
+@dataclass(frozen=True)
+class FolderDataset(Dataset):
+    """JSON lines in a folder that `acformer fetch` has made, one file a part.
+
+    folder: its name for `acformer fetch`. parts: the files, without `.jsonl`. questions: `example_questions`.
+    """
+
+    folder: str
+    parts: tuple[str, ...]
+    questions: tuple[str, ...] = ()
+
+    def samples(self, part: str, *, limit: int | None, skipped: SkipLog) -> list[Sample]:
+        """See `Dataset`; `DataError` where it was not fetched."""
+        if part not in self.parts:
+            raise unknown_name(f"part of {self.folder}", part, self.parts)
+        return list(islice(read_samples(self._file(part), skipped=skipped), limit))
+
+    def known_samples(self) -> Iterable[Sample]:
+        """All of the training part."""
+        return self.samples(self.train_part, limit=None, skipped=SkipLog())
+
+    def example_questions(self) -> tuple[str, ...]:
+        """`questions`."""
+        return self.questions
+
+    def _file(self, part: str) -> Path:
+        return embedded_path(self.folder) / f"{part}.jsonl"
+
+
+DATASETS = Registry[Dataset](
+    "data set",
+    "acformer.datasets",
+    {
+        "easy-vqa": FolderDataset(
+            "easy-vqa",
+            ("train", "test", "captions", "train_dialogues"),
+            (
+                "what is the color of the shape?",
+                "what shape is in the image?",
+                "is there a red shape?",
+                "does the image contain a circle?",
+            ),
+        )
+    },
+)
+
+
+def named_dataset(name_or_path: str) -> tuple[Dataset, str] | None:
+    """The data set that `NAME[:PART]` names, and the part, "" where it is not given; None for a path."""
+    name, _, part = name_or_path.partition(":")
+    return (DATASETS[name], part) if name in DATASETS.names() else None
+
+
+def load_samples(
+    name_or_path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    skipped: SkipLog | None = None,
+    limit: int | None = None,
+) -> list[Sample]:
+    """The samples of a file, or of `NAME[:PART]` of `DATASETS` (a bare name is its training part).
+
+    Of more than `limit` the first; what follows is not looked at, nor counted. Errors: `DataError` as `read_samples`,
+    and when too many records are bad (`SkipLog.check`); `UsageError` for an unknown part.
+    """
+    skipped = skipped or SkipLog()
+    named = named_dataset(str(name_or_path))
+    if named is None:
+        samples = list(islice(read_samples(name_or_path, image_root=image_root, skipped=skipped), limit))
+    else:
+        dataset, part = named
+        samples = dataset.samples(part or dataset.train_part, limit=limit, skipped=skipped)
+    skipped.check()
+    return samples

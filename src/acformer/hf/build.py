@@ -1,0 +1,219 @@
+"""A model out of parts: a pre-trained encoder, a pre-trained or new language model, a new connector.
+
+The parts are ordinary Hugging Face checkpoints; what comes out is an ordinary `AcFormerForConditionalGeneration`
+with its processor, ready to train or to save.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from acformer.data.templates import resolve_template
+from acformer.errors import CheckpointError, UsageError, unknown_name
+from acformer.fetch.embedded import resolve
+from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.processing_acformer import IMAGE_TOKEN
+from acformer.vision.encoder import load_tower, loading, pixel_statistics, truncate
+from acformer.vision.families import Tower
+
+FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""What a new language model's config has from its tokenizer."""
+NEW_MODULES = ("model.connector.", "model.fusion.")
+
+
+def build_model(
+    vision: str,
+    text: str | dict,
+    connector: str = "acformer",
+    *,
+    connector_kwargs: dict | None = None,
+    fusion: str = "concat",
+    fusion_kwargs: dict | None = None,
+    feature_layer: int = -2,
+    image_size: int | None = None,
+    template: str = "vicuna_v1",
+    tokenizer_vocab: int = 512,
+    dtype: str = "float32",
+    texts: Iterable[str] = (),
+) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+    """Model and processor out of parts; the connector (and a new language model) start at random.
+
+    Args:
+        vision: the image encoder: a hub name, a folder, or `embedded:dinov2-s14`.
+        text: the language model: likewise, or a dict that configures a new one (`model_type`, its config's fields).
+        connector, connector_kwargs: a name from `list_connectors()` and its options.
+        fusion, fusion_kwargs: how they reach the language model: `concat` or `gated_cross_attention`, and options.
+        feature_layer: index into the encoder's `hidden_states` (Sec. 3.1: -2).
+        image_size: pixels a side that the encoder is fed; default its own.
+        template: chat template: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
+        tokenizer_vocab: size of a new language model's byte-level BPE.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        texts: what a new tokenizer is trained on; read only when `text` configures a new language model.
+
+    Raises:
+        CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
+    """
+    weights_dtype = parse_dtype(dtype)
+    tower = load_tower(resolve(vision), weights_dtype)
+    if isinstance(text, str):
+        tokenizer, language_model = _pretrained_text(resolve(text), weights_dtype)
+    else:
+        tokenizer = train_tokenizer(texts, tokenizer_vocab)
+        language_model = _new_text(text, tokenizer, weights_dtype)
+    config = AcFormerConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        connector=connector,
+        connector_kwargs=connector_kwargs,
+        fusion=fusion,
+        fusion_kwargs=fusion_kwargs,
+        feature_layer=feature_layer,
+        image_size=image_size,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        dtype=weights_dtype,
+    )
+    model = assemble(config, truncate(tower, feature_layer), language_model)
+    processor = AcFormerProcessor(
+        square_image_processor(resolve(vision), config.image_size),
+        tokenizer,
+        resolve_template(template, tokenizer),
+        num_placeholders=config.num_placeholders,
+        fusion=config.fusion,
+    )
+    return model, processor
+
+
+def assemble(
+    config: AcFormerConfig, tower: PreTrainedModel, language_model: PreTrainedModel
+) -> AcFormerForConditionalGeneration:
+    """The parts' weights in one model; the connector's and the fusion's alone are new."""
+    weights = {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
+    for name, value in language_model.state_dict().items():
+        is_body = name.startswith("model.")
+        weights[f"model.language_model.{name.removeprefix('model.')}" if is_body else name] = value
+    model, report = AcFormerForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=config.dtype, strict=False, output_loading_info=True
+    )
+    wrong = {key for key in report["missing_keys"] if not key.startswith(NEW_MODULES)}
+    wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
+    if wrong:
+        raise CheckpointError(f"the parts do not fit together: {len(wrong)} weights, first {min(wrong)}")
+    return model
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UsageError(f"unknown dtype {name!r}; valid: {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that works here: `cpu`, `cuda`, `cuda:1`, ...; `auto` is an accelerator if there is one."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
+
+
+def square_image_processor(vision: str | Tower, image_size: int) -> LlavaImageProcessorPil:
+    """LLaVA-1.5's preparation: pad to a square with the mean colour, resize; the encoder's own mean and std."""
+    mean, std = pixel_statistics(vision)
+    size = {"height": image_size, "width": image_size}
+    return LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": image_size}, crop_size=size, image_mean=mean, image_std=std
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text at all can be written with it, the training texts shortest.
+
+    It pads on the left, as every tokenizer that we save: an answer must begin right behind its prompt.
+    """
+    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+    )
+
+
+def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
+    """The config of a new language model: `model.text` of a recipe, and what follows from its tokenizer (`told`).
+
+    Errors: `UsageError` for a kind of model or options that there are not, or that make no config.
+    """
+    options = dict(options)
+    model_type = options.pop("model_type", "llama")
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(f"model.text.model_type {model_type!r} is not a language model of transformers")
+    config_class = CONFIG_MAPPING[model_type]
+    valid = {*(field.name for field in fields(config_class)), *config_class.attribute_map} - FROM_TOKENIZER
+    for key in options:
+        if key in FROM_TOKENIZER:
+            raise UsageError(f"model.text.{key} follows from the new tokenizer: leave it out (see tokenizer_vocab)")
+        if key not in valid:
+            raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid))
+    with _describing_text():
+        return config_class(**told, **options)
+
+
+@contextmanager
+def _describing_text() -> Iterator[None]:
+    """Configs and models say in many ways that they cannot be built of these options."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model.text does not describe a language model: {reason}") from error
+
+
+def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
+    told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in FROM_TOKENIZER}
+    config = new_text_config(options, **told)
+    with _describing_text():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
+    with loading(name):
+        AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    return tokenizer, model

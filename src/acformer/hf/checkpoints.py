@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or absent: written beside, checksummed, renamed; refused when damaged.
+
+safetensors has no checksum and a killed save leaves half a folder, so every folder that we write carries
+`manifest.json`: the size and sha256 of each of its files. It is written last.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from acformer.errors import CheckpointError
+from acformer.files import file_sha256
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.vision.encoder import loading
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe every file of `folder`; the manifest itself appears in one step, after all of them are on disk."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        entries[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    temporary = folder / f"{MANIFEST}.part"
+    temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def verify_folder(folder: Path) -> str | None:
+    """What is wrong with a folder that should have a manifest; None when it is whole."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return "it has no manifest: the save did not finish"
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return "its manifest is not JSON"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def latest_valid_checkpoint(folder: Path, tell: Callable[[str], Any]) -> Path | None:
+    """The newest `checkpoint-N` that is whole; `tell` hears of each damaged one that is passed over."""
+    for _, checkpoint in sorted(_by_step(folder).items(), reverse=True):
+        problem = verify_folder(checkpoint)
+        if problem is None:
+            return checkpoint
+        tell(f"passing over {checkpoint}: {problem}")
+    return None
+
+
+def keep_newest(folder: Path, limit: int | None, step: int) -> None:
+    """Remove all but `limit` checkpoints, the newest being that of `step`: a later one was passed over as damaged.
+
+    As with the Trainer, None or a number below 1 keeps all.
+    """
+    if limit is None or limit < 1:
+        return
+    found = _by_step(folder)
+    kept = sorted(number for number in found if number <= step)[-limit:]
+    for number in found.keys() - set(kept):
+        shutil.rmtree(found[number], ignore_errors=True)
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    numbered = {path.name.rpartition("-")[2]: path for path in folder.glob("checkpoint-*")}
+    return {int(number): path for number, path in numbered.items() if number.isdigit()}
+
+
+def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -> None:
+    """Write the trained model and its processor to `folder`, replacing what is there once all of it is on disk.
+
+    Called by every process of a distributed run, since a sharded model is gathered from all of them; one writes.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(part))
+    if trainer.is_world_process_zero():
+        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle: the recipe is kept as YAML
+        processor.save_pretrained(part)
+        write_manifest(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def model_folder(name: str) -> str:
+    """A run's folder stands for the model of its last stage; anything else for itself."""
+    run = Path(name)
+    for stage in ("finetune", "pretrain"):
+        folder = run / stage / "model"
+        if (folder / "config.json").is_file() and not (run / "config.json").is_file():
+            return str(folder)
+    return name
+
+
+def _refuse_missing_path(name: str) -> None:
+    """A misspelt local path is told as such, before the hub is asked for a model of that name."""
+    path = Path(name)
+    is_path = name.count("/") > 1 or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
+    if is_path and not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, siblings, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else " (train one: acformer train tiny)"
+        raise CheckpointError(f"no model in {name}: there is no such folder{hint}")
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
+    """Model (in eval mode) and processor from a model folder, a run's folder or a hub name.
+
+    Raises:
+        CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config,
+            a processor of another model.
+    """
+    folder = model_folder(name)
+    _refuse_missing_path(name)
+    if Path(folder).exists():
+        if not (Path(folder) / "config.json").is_file():
+            raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
+        if (Path(folder) / MANIFEST).is_file() and (problem := verify_folder(Path(folder))):
+            raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
+    with loading(name):
+        model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        processor = AcFormerProcessor.from_pretrained(folder)
+    for field in ("num_placeholders", "fusion", "image_token_id"):
+        written, read = getattr(processor, field), getattr(model.config, field)
+        if written != read:
+            raise CheckpointError(
+                f"{name}: its processor writes prompts for {field} {written!r}, but its model has {read!r}: take the "
+                "processor that was saved with the model"
+            )
+    return model.eval().to(device), processor

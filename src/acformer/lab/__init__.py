@@ -1,0 +1,1 @@
+"""What measures and shows the library: tables, benches, statistics, figures, the page. Nothing of it is imported."""

@@ -1,0 +1,119 @@
+"""`bench growth`: encoder and selector as N grows, ours and the authors' way, until that no longer fits.
+
+Every N is a child process with a limit to its memory, so that what does not fit ends the child and not the machine.
+"""
+
+import copy
+import math
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from acformer.errors import UsageError
+from acformer.lab.bench.encoder import encoder_variants
+from acformer.lab.bench.presets import fresh
+from acformer.lab.bench.report import Row
+from acformer.lab.bench.settings import Settings
+from acformer.lab.bench.timing import Variant, measure
+
+WAYS = {"anchors": "ours", "authors": "authors"}
+OUT_OF_MEMORY = "does not fit"
+
+
+def rows(settings: Settings) -> list[Row]:
+    """One a batch, N and way; `ratio` is to ours in the same round. N / 4 anchors; the encoder is built for its N.
+
+    Where the authors' way needs more than the limit, its row says so instead of a time.
+    """
+    limit = settings.memory_limit * 2**30
+    found = []
+    for batch in settings.batch:
+        for patches in settings.patches:
+            grow = partial(grown, replace(settings, patches=(patches,), batch=(batch,)), limit)
+            try:
+                found += in_child(grow, authors=True)
+            except BrokenProcessPool:  # killed from outside, as an allocator may be
+                found += [*in_child(grow, authors=False), _unfit(batch, patches, "authors", limit)]
+    return found
+
+
+def in_child(grow: Callable[..., list[Row]], **kwargs: Any) -> list[Row]:
+    """Its result, from a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(grow, **kwargs).result()
+
+
+def grown(settings: Settings, limit: int, *, authors: bool) -> list[Row]:
+    """Rows of one N, measured in the process that calls; first the authors' way is tried within `limit` bytes."""
+    (patches,), (batch,) = settings.patches, settings.batch
+    config = square_config(settings.preset.config.vision_config, patches)
+    tower = fresh(config, settings.device, settings.dtype)
+    pixels = torch.randn(batch, 3, *[config.image_size] * 2, device=settings.device, dtype=settings.dtype)
+    known = encoder_variants(tower, settings.preset.config.feature_layer, pixels, max(1, patches // 4))
+    variants, unfit = {"anchors": known["anchors"]}, [_unfit(batch, patches, "authors", limit)]
+    with torch.inference_mode():
+        if authors and fits(known["authors"], limit, settings.device):
+            variants["authors"], unfit = known["authors"], []
+        label = settings.label(f"{patches} patches")
+        timings = measure(variants, settings.device, settings.dtype, settings.rounds, label=label)
+    labels = {name: {"batch": batch, "patches": patches, "way": WAYS[name]} for name in variants}
+    return [*({**labels[name], **timings.row(name, "anchors")} for name in variants), *unfit]
+
+
+def fits(variant: Variant, limit: int, device: torch.device) -> bool:
+    """Whether it runs through in `limit` bytes on top of what the process has."""
+    try:
+        with capped(limit, device):
+            variant.run()
+    except (MemoryError, torch.OutOfMemoryError):
+        return False
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "not enough memory" in str(error):
+            return False
+        raise
+    return True
+
+
+@contextmanager
+def capped(limit: int, device: torch.device) -> Iterator[None]:
+    """No more than `limit` bytes inside: of a GPU's memory, or of addresses as Linux counts them; elsewhere no cap."""
+    addresses = Path("/proc/self/statm")
+    try:
+        if device.type == "cuda":
+            share = (torch.cuda.memory_reserved(device) + limit) / torch.cuda.mem_get_info(device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        elif addresses.exists():
+            taken = int(addresses.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        elif addresses.exists():
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
+def square_config(config: PreTrainedConfig, patches: int) -> PreTrainedConfig:
+    """The same encoder built for so many patches; `UsageError` unless they make a square."""
+    side = math.isqrt(patches)
+    if side**2 != patches:
+        raise UsageError(f"--patches {patches} is no square: take {side**2} or {(side + 1) ** 2}")
+    other = copy.deepcopy(config)
+    other.image_size = side * config.patch_size
+    return other
+
+
+def _unfit(batch: int, patches: int, way: str, limit: int) -> Row:
+    row = {"batch": batch, "patches": patches, "way": way}
+    return {**row, "error": f"{OUT_OF_MEMORY} in {limit / 2**30:.0f} GiB"}

@@ -1,0 +1,41 @@
+"""`acformer demo`: a page on which one drops a picture, sees its anchors, moves them and asks."""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from acformer.commands.arguments import add_device, positive
+from acformer.errors import UsageError
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    sub = commands.add_parser("demo", parents=[common], help="a local page: see the anchors, move them, ask")
+    sub.add_argument("--model", help="a model folder, a run's folder or a hub name (default: the newest quickstart)")
+    sub.add_argument("--compare", metavar="MODEL", help="a second model that answers beside the first")
+    sub.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
+    sub.add_argument("--port", type=positive, help="default: the first free one from 7860 on")
+    sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
+    add_device(sub)
+    sub.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serves until Ctrl-C."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio asks its home page for news when it is imported
+    try:
+        from acformer.lab.demo.app import Page
+    except ImportError as error:
+        raise UsageError(f"the page needs gradio ({error}): pip install 'acformer[demo]'") from error
+    from acformer.hf.build import parse_device, parse_dtype
+    from acformer.lab.demo.start import opening
+
+    dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
+    page = Page(opening(arguments.model, arguments.compare, dtype, parse_device(arguments.device)))
+    try:
+        _, url, _ = page.launch(arguments.host, arguments.port, prevent_thread_lock=True, quiet=True)
+    except OSError as error:
+        raise UsageError(f"cannot serve at {arguments.host}: {error}; choose another --port or --host") from error
+    sys.stderr.write(f"the page is at {url} (Ctrl-C ends it)\n")
+    page.blocks.block_thread()

@@ -1,0 +1,47 @@
+"""`acformer reproduce`: the paper's tables, made here."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from acformer.commands.arguments import positive
+
+
+def add(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    sub = commands.add_parser("reproduce", parents=[common], help="train and score every row of a table of the paper")
+    sub.add_argument("table", help="table3, table4 or figure1")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the scale's recipe; needs --name")
+    sub.add_argument("--name", help="of the table, where it is not the paper's: results go to OUT/NAME-SCALE")
+    sub.add_argument(
+        "--scale",
+        default="cpu",
+        help="cpu (heads read the tokens), cpu-lm (a small language model, slow) or gpu (default cpu)",
+    )
+    sub.add_argument("--seeds", type=positive, help="runs a row (default: the plan's)")
+    sub.add_argument("--connectors", nargs="+", metavar="NAME", help="train only these connectors' rows")
+    sub.add_argument("--jobs", type=positive, help="runs side by side (default: one a core, one on an accelerator)")
+    sub.add_argument("--out", type=Path, default=Path("results"), help="tables go to OUT/TABLE-SCALE")
+    sub.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="where models lie while they are made")
+    sub.add_argument("--keep-models", action="store_true", help="do not delete a model when its scores are known")
+    sub.set_defaults(run=run, resumable=True)
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The table; an error if a run failed."""
+    from acformer.lab.reproduce.plans import plan_for
+
+    plan = plan_for(  # before torch, as in `train`
+        arguments.table, arguments.scale, arguments.seeds, overrides=arguments.overrides, name=arguments.name
+    )
+    from acformer.lab.reproduce.run_plan import reproduce
+
+    return reproduce(
+        plan,
+        arguments.out,
+        arguments.work,
+        connectors=arguments.connectors,
+        jobs=arguments.jobs,
+        keep_models=arguments.keep_models,
+        progress=not arguments.quiet,
+    )

@@ -1,0 +1,179 @@
+"""Where the language model looks while it answers, patch by patch, and how much of that is anchors (Fig. 5)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from acformer.data.conversation import encode_prompt
+from acformer.errors import UsageError
+from acformer.evaluate.generate import decode, generation_options
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.images import ImageSource, load_image
+from acformer.viz.find import Anchors, anchors_of
+from acformer.viz.sources import token_sources
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """An answer, and where its words looked.
+
+    layers: the M middle layers, from 1, of num_layers. maps: (M, N) share of each patch in what a layer reads of the
+    image; a row and `prefix`, what the [CLS] and register tokens get, sum to 1. image_share: (M,) how much of the
+    attention goes to the image at all. alike: (N,) a row of `maps`, if all visual tokens were read alike.
+    """
+
+    question: str
+    answer: str
+    picture: Image.Image
+    anchors: Anchors
+    num_tokens: int
+    layers: tuple[int, ...]
+    num_layers: int
+    maps: Float[Tensor, "M N"]
+    image_share: Float[Tensor, "M"]
+    alike: Float[Tensor, "N"]
+
+    @property
+    def read(self) -> Float[Tensor, "N"]:
+        """The mean of the layers' maps."""
+        return self.maps.mean(dim=0)
+
+    def overlap(self) -> dict[str, float]:
+        """How much of what is read lies on the anchors.
+
+        on_anchors: share of the anchors in the patches' part of `read`. alike: the same of `self.alike`, which is the
+        connector's doing and no choice of the language model. chance: the anchors' share of the area. most_read: share
+        of the most-read patches, as many as there are anchors, that are anchors; its chance level is the same.
+        """
+        indices = list(self.anchors.indices)
+        most_read = set(self.read.topk(len(indices)).indices.tolist())
+        return {
+            "on_anchors": float(self.read[indices].sum() / self.read.sum()),
+            "alike": float(self.alike[indices].sum() / self.alike.sum()),
+            "chance": len(indices) / len(self.read),
+            "most_read": len(most_read & set(indices)) / len(indices),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """All figures as JSON takes them."""
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "num_image_tokens": self.num_tokens,
+            "grid": self.anchors.grid,
+            "anchors": self.anchors.indices,
+            "layers": self.layers,
+            "num_layers": self.num_layers,
+            "image_share_by_layer": self.image_share.tolist(),
+            "prefix_share": float(1 - self.read.sum()),
+            "overlap": self.overlap(),
+            "read": self.read.tolist(),
+        }
+
+
+def read_answer(
+    model: AcFormerForConditionalGeneration,
+    processor: AcFormerProcessor,
+    image: ImageSource,
+    question: str,
+    *,
+    num_visual_tokens: int | None = None,
+    num_anchors: int | None = None,
+    max_new_tokens: int = 32,
+) -> Reading:
+    """Let the model answer, then see where the answer's words looked.
+
+    With a_mt the attention from the positions that an answer's words were told from to visual token t in layer m
+    (mean over words and heads) and S the connector's `token_sources`, the map of layer m is (a_m / sum_t a_mt) S.
+
+    Args:
+        model, processor: as `load_model` gives them.
+        image, question: as for `ask`.
+        num_visual_tokens: another T than the model's own, where its connector is elastic.
+        num_anchors: by default a patch in nine, the paper's 64 of 576.
+        max_new_tokens: the longest answer.
+
+    Raises:
+        UsageError: no image tokens in the sequence (a fusion other than `concat`), a connector that cannot be mapped
+            back, an encoder without anchors, an answer without a word. ImageError: a picture that cannot be read.
+    """
+    if model.config.fusion != "concat":
+        raise UsageError(f"what an answer reads can be shown for fusion concat alone, not for {model.config.fusion}")
+    picture = load_image(image)
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"].to(model.device)
+    with torch.inference_mode():
+        features = model.get_vision_features(pixels)
+    images = {"vision_features": features, "num_visual_tokens": num_visual_tokens}
+    told, said = _answer(model, processor, question, images, max_new_tokens)
+    special = torch.tensor(processor.tokenizer.all_special_ids, device=said.device)
+    words = (~torch.isin(said, special)).nonzero()[:, 0] + len(told)
+    if not len(words):
+        raise UsageError(f"the model answers {question!r} without a word, so there is nothing to show")
+    attention = _attention(model, torch.cat([told, said])[: int(words[-1])], images)
+    places = (told == model.config.image_token_id).nonzero()[:, 0]
+    on_image = attention[:, words - 1][..., places].mean(dim=1)
+    share = on_image.sum(dim=1)
+    sources = token_sources(model.model.connector, features, num_visual_tokens).to(on_image)
+    sources = sources[:, features.num_prefix_tokens :]
+    num_layers = model.config.text_config.num_hidden_layers
+    return Reading(
+        question=question,
+        answer=decode(processor, said.unsqueeze(0))[0],
+        picture=picture,
+        anchors=anchors_of(features, num_anchors),
+        num_tokens=len(places),
+        layers=tuple(layer + 1 for layer in middle(num_layers)),
+        num_layers=num_layers,
+        maps=(on_image / share.unsqueeze(1) @ sources).cpu(),
+        image_share=share.cpu(),
+        alike=sources.mean(dim=0).cpu(),
+    )
+
+
+def _answer(
+    model: AcFormerForConditionalGeneration,
+    processor: AcFormerProcessor,
+    question: str,
+    images: dict[str, Any],
+    max_new_tokens: int,
+) -> tuple[Int[Tensor, "L"], Int[Tensor, "W"]]:
+    """The ids of the prompt and of the answer, which holds no image token."""
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    placeholders = processor.count_placeholders(images["num_visual_tokens"])
+    told = torch.tensor(encode_prompt(processor, prompt, num_placeholders=placeholders), device=model.device)
+    options = generation_options(processor, max_new_tokens) | {"suppress_tokens": [model.config.image_token_id]}
+    with torch.inference_mode():
+        ids = model.generate(told[None], attention_mask=torch.ones_like(told[None]), **images, **options)[0]
+    return told, ids[len(told) :]
+
+
+def middle(num_layers: int) -> range:
+    """Places of the middle third of the layers, from 0: 10..21 of 32, 10..19 of 30."""
+    return range(num_layers // 3, -(-2 * num_layers // 3))
+
+
+def _attention(model: AcFormerForConditionalGeneration, ids: Tensor, images: dict[str, Any]) -> Float[Tensor, "M L L"]:
+    """The middle layers' attention over these ids, mean over heads, in float32."""
+    with torch.inference_mode(), _eager(model.model.language_model):
+        output = model.model(input_ids=ids.unsqueeze(0), output_attentions=True, **images)
+    maps: Sequence[Tensor] = output.attentions or ()
+    if len(maps) != model.config.text_config.num_hidden_layers:
+        raise UsageError(f"{type(model.model.language_model).__name__} does not give its layers' attention")
+    return torch.stack([maps[layer][0].float().mean(dim=0) for layer in middle(len(maps))])
+
+
+@contextmanager
+def _eager(language_model: Any) -> Iterator[None]:
+    """For this pass alone the attention that gives its weights; the fused kernels do not."""
+    kernel = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(kernel)

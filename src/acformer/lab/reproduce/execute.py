@@ -1,0 +1,283 @@
+"""A run made: the learning rate looked up, the recipe trained, the questions answered, the record written.
+
+Three kinds of work: a trial (few steps, the loss on held-out data), a run (all steps, all scores) and a timing (the
+seconds of a step). Each holds a lock while it works, so that what a killed command left running is waited for and not
+done twice.
+"""
+
+import logging
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acformer.connectors import list_connectors
+from acformer.data.collate import Collator, ConversationDataset
+from acformer.data.conversation import IGNORE
+from acformer.data.samples import Sample
+from acformer.errors import DataError, DivergedError, UsageError
+from acformer.evaluate.generate import to_device
+from acformer.evaluate.report import as_reply, evaluate, evaluation_samples
+from acformer.files import locked
+from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.build import parse_device
+from acformer.hf.checkpoints import load_model
+from acformer.lab.reproduce.heads_first import heads_recipe, taught_by_heads, text_width
+from acformer.lab.reproduce.plans import READER, Scale
+from acformer.lab.reproduce.reading import WIDTH, num_parameters, reader_loss, reader_scores, train_reader, with_prior
+from acformer.lab.reproduce.records import read_record, write_record
+from acformer.lab.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
+from acformer.lab.reproduce.variants import shortened, with_factor, with_fraction, with_steps
+from acformer.provenance import machine
+from acformer.training.recipe import Recipe, StageSpec
+from acformer.training.stages import cached_features, stage_samples, train
+from acformer.training.trainer import freeze, module_parameters
+
+Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
+WARM_UP_STEPS, TIMED_STEPS = 5, 25
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job, and where: `results` is the folder of the table, `work` where models lie meanwhile."""
+
+    job: Job
+    results: Path
+    work: Path
+    keep_models: bool = False
+
+    def __call__(self) -> None:
+        """Do it, unless it is done; what goes wrong is the record then."""
+        try:
+            _refuse_unknown(self.job)
+            folder = self.work / f"{self.job.name}-{self.job.fingerprint}"
+            with locked(self.work / f"{folder.name}.lock"), _logged(folder / "log.txt"):
+                if job_record(self.results, self.job) is None:
+                    self.do(folder)
+        except Exception as error:  # one row must not end the table; the log has the traceback
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def do(self, folder: Path) -> None:
+        """Do it in this folder."""
+        if isinstance(self.job, Run):
+            record = _measure(self, self.job, folder)
+        else:
+            record = _try(self, self.job, folder) if isinstance(self.job, Trial) else _time(self, self.job, folder)
+        write_record(job_path(self.results, self.job), {"fingerprint": self.job.fingerprint, **record})
+        if not self.keep_models:
+            _remove_models(folder)
+
+    def fail(self, reason: str) -> None:
+        """Write down that it could not be done, unless it was; without a fingerprint, which may be what fails."""
+        path = job_path(self.results, self.job)
+        if not (there := read_record(path)) or "error" in there:
+            write_record(path, {"error": " ".join(reason.split())})
+
+    def recipe(self, run: Run, folder: Path) -> Recipe:
+        """The run's recipe, here."""
+        return replace(run.recipe, name=self.job.name, output_dir=str(folder))
+
+
+def _refuse_unknown(job: Job) -> None:
+    """The plan knew the connector: a process that does not is one started for the job."""
+    name = (job if isinstance(job, Run) else job.run).recipe.model.connector
+    if name not in list_connectors():
+        raise UsageError(
+            f"connector {name!r} is unknown in the worker process, which starts anew and has only what its imports "
+            "register: install it as a package entry point, register it in an importable module, or take --jobs 1"
+        )
+
+
+def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
+    """The loss on held-out data that the factor comes to; none where training diverged."""
+    run, search = trial.run, trial.run.scale.search
+    if run.scale.heads:
+        recipe, width = heads_recipe(run), text_width(run.recipe.model)
+    else:
+        recipe, width = task.recipe(run, folder), WIDTH
+    recipe = shortened(with_factor(replace(recipe, seed=trial.seed), trial.factor), search.fraction)
+    try:
+        loss = trial_loss(recipe, search.data, search.limit, width)
+    except DivergedError:
+        loss = math.nan
+    return {"factor": trial.factor, "loss": loss if math.isfinite(loss) else None}
+
+
+def trial_loss(recipe: Recipe, data: str, limit: int, width: int = WIDTH) -> float:
+    """The loss on held-out data of what the recipe trains; `width`: of the tokens, where heads read them."""
+    if recipe.model.text == READER:
+        return reader_loss(train_reader(recipe, width).learner, data.partition(":")[2], limit)
+    parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
+    return answer_loss(parts, recipe, evaluation_samples(data, limit))
+
+
+def best_factor(run: Run, results: Path) -> tuple[float, dict[float, float | None]]:
+    """The factor of the lowest loss, and the losses of all (None: diverged); `DataError` where a trial is missing."""
+    if not run.trials:
+        return run.scale.search.factors[0], {}
+    losses: dict[float, float | None] = {}
+    for trial in run.trials:
+        record = job_record(results, trial)
+        if record is None:  # chosen among fewer, the row would be at a disadvantage
+            reason = read_record(job_path(results, trial)).get("error", "not made")
+            raise DataError(f"the trial {trial.name} failed, so no learning rate is chosen: {reason}")
+        losses[record["factor"]] = record["loss"]
+    finite = {factor: loss for factor, loss in losses.items() if loss is not None}
+    if not finite:
+        raise DataError(f"every trial of {run.trials_name} diverged")
+    return min(finite, key=lambda factor: finite[factor]), losses
+
+
+def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
+    """Trained with the learning rate that its trials chose, evaluated on all data, timed."""
+    started = time.monotonic()
+    factor, losses = best_factor(run, task.results)
+    recipe, heads = with_fraction(task.recipe(run, folder), run.fraction), None
+    if run.scale.heads:
+        heads = with_factor(with_fraction(heads_recipe(run), run.fraction), factor)
+        recipe = taught_by_heads(recipe, heads, folder / f"heads-x{factor:g}" / "model")
+    else:
+        recipe = with_factor(recipe, factor)
+    measure = reader_figures if recipe.model.text == READER else model_figures
+    return {
+        "connector": recipe.model.connector,
+        "num_tokens": run.num_tokens,
+        "fraction": run.fraction,
+        "seed": run.seed,
+        **measure(recipe, run.scale, folder),
+        "factor": factor,
+        "losses_of_factors": losses,
+        "seconds": round(time.monotonic() - started, 1),
+        "recipe": asdict(recipe),
+        **({"heads": asdict(heads)} if heads else {}),
+        "device": _device_name(parse_device("auto")),
+        **machine(),
+    }
+
+
+def _time(task: Task, timing: Timing, folder: Path) -> dict[str, Any]:
+    """Median seconds of forward, backward and update; at a rate so low that nothing diverges."""
+    recipe = with_factor(replace(task.recipe(timing.run, folder), seed=timing.seed), 1e-3)
+    if recipe.model.text == READER:
+        seconds = train_reader(with_steps(recipe, WARM_UP_STEPS + TIMED_STEPS)).seconds
+    else:  # a step of training builds the model as the recipe has it
+        parts = load_model(str(train(with_steps(recipe, 1), progress=False)), device=parse_device("auto"))
+        seconds = step_seconds(parts, recipe, folder)
+    median = statistics.median(seconds[WARM_UP_STEPS:])
+    return {"step_seconds": round(median, 5), "device": _device_name(parse_device("auto")), **machine()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
+    """Scores and the connector's weights, of a model with its language model."""
+    parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
+    scores = {}
+    for number, data in enumerate(scale.data):
+        samples = evaluation_samples(data, scale.limit)
+        features = cached_features(parts, samples, progress=False) if recipe.cache_features else None
+        out = folder / f"eval-{number}"
+        found = evaluate(parts, data, out, limit=scale.limit, features=features, progress=False)
+        scores[data] = with_prior(found, data, [as_reply(sample) for sample in samples])
+    weights = sum(parameter.numel() for parameter in module_parameters(parts[0])["connector"])
+    return {"scores": scores, "num_parameters": weights}
+
+
+def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
+    """The same of a connector whose tokens the heads read."""
+    trained = train_reader(recipe)
+    return {
+        "scores": {
+            data: reader_scores(trained.learner, data, folder / f"eval-{number}", scale.limit)
+            for number, data in enumerate(scale.data)
+        },
+        "num_parameters": num_parameters(trained.learner),
+        "loss_curve": trained.curve(),
+    }
+
+
+def _loader(parts: Parts, recipe: Recipe, spec: StageSpec, samples: list[Sample]) -> Iterator[dict[str, Any]]:
+    """Batches as in training, in order."""
+    dataset = ConversationDataset(samples, parts[1], max_length=spec.max_length, group=spec.group)
+    features = cached_features(parts, samples, progress=False) if recipe.cache_features else None
+    collator = Collator(parts[1], features=features, dataset=dataset)
+    size = spec.training.get("per_device_train_batch_size", 8)
+    for start in range(0, len(dataset), size):
+        batch = collator([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+        del batch["sample_ids"]
+        yield to_device(batch, parts[0].device)
+
+
+def answer_loss(parts: Parts, recipe: Recipe, samples: list[Sample]) -> float:
+    """Mean over the tokens of the answers of -log p(token), the true tokens before it given, in nats."""
+    *_, (_, spec) = recipe.stages()
+    total, count = 0.0, 0
+    for batch in _loader(parts, recipe, spec, samples):
+        tokens = int((batch["labels"] != IGNORE).sum())
+        with torch.inference_mode():
+            total += float(parts[0](**batch).loss) * tokens
+        count += tokens
+    return total / count
+
+
+def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> list[float]:
+    """Seconds of steps of the last stage on one batch: forward, backward and AdamW, without the loader.
+
+    The encoder is in it unless its features come from the cache. The model is of no use afterwards.
+    """
+    model = parts[0].train()
+    *_, (_, spec) = recipe.stages()
+    freeze(model, spec.learning_rates)
+    enough = spec.training.get("per_device_train_batch_size", 8) * spec.group
+    samples, _ = stage_samples(replace(spec, max_samples=min(enough, spec.max_samples or enough)), folder / "timing")
+    batch = next(_loader(parts, recipe, spec, samples))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    use_bf16 = spec.training.get("bf16", False)
+    seconds = []
+    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16) if use_bf16 else nullcontext():
+            loss = model(**batch, supervised_only=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Our log goes into a file beside the run instead of between the lines of the progress bar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger, handler = logging.getLogger("acformer"), logging.FileHandler(path, encoding="utf-8")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    except Exception:
+        logger.exception("%s failed", path.parent.name)
+        raise
+    finally:
+        logger.level, logger.propagate = before
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _remove_models(folder: Path) -> None:
+    """Weights and checkpoints of a run whose record is written; its predictions and logs stay."""
+    for name in ("model", "checkpoint-*"):
+        for path in folder.glob(f"*/{name}"):
+            shutil.rmtree(path)

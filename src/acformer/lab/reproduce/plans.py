@@ -1,0 +1,269 @@
+"""What a table of the paper asks, as data: which rows, at which numbers of visual tokens, with how many seeds.
+
+A plan is a table (its rows) at a scale (its recipe, data and budget). Rows come from the registries of connectors and
+selectors, so that a new one has its row without a line here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from acformer.errors import UsageError, unknown_name
+from acformer.training.recipe import Recipe, load_recipe
+
+READER = "scene-reader"
+"""As `model.text` of a recipe: no language model, small heads read the tokens."""
+OWN_RECIPES = {"scenes-cpu": Path(__file__).with_name("scenes-cpu.yaml")}
+"""Recipes with such heads, by name; not of `acformer train`, since there would be no model to save."""
+
+
+def table_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, of `OWN_RECIPES` too."""
+    return load_recipe(str(OWN_RECIPES.get(name, name)), overrides)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a connector with the options in which it differs from its defaults at a budget."""
+
+    name: str
+    connector: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How every row finds its learning rate: the same short trials, the lowest loss on held-out data wins.
+
+    factors: of the recipe's learning rate of the connector, in every stage. fraction: of the steps of a run.
+    data, limit: the first so many questions (for heads: scenes) of another data set than the table's. seed: of the
+    trials.
+    """
+
+    data: str
+    factors: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    fraction: float = 0.25
+    limit: int = 512
+    seed: int = 1000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a machine of some size can run; every row of a table runs under it.
+
+    recipe: name or file; all that there is to a training but connector, learning rate and seed. overrides: changes of
+    it, `key=value` as in `acformer train`. budgets: T, visual tokens. data: what is evaluated, the first `limit`
+    questions. sizes: options of single connectors where their defaults are not of this size (a recipe's own
+    `connector_kwargs` are taken by all stacks). heads: a recipe with heads (`acformer.lab.reproduce.reading`), by which
+    every run's connector is taught before the recipe; the learning rate is then looked for there. fetch: embedded names
+    that must be there.
+    """
+
+    name: str
+    recipe: str
+    budgets: tuple[int, ...]
+    data: tuple[str, ...]
+    search: Search
+    seeds: int = 3
+    limit: int | None = None
+    scaling_budget: int = 33
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    heads: str | None = None
+    fetch: tuple[str, ...] = ()
+    needs_accelerator: bool = False
+    note: str = ""
+    overrides: tuple[str, ...] = ()
+
+    def load_recipe(self) -> Recipe:
+        """The recipe as it is run, without what every run sets itself.
+
+        Raises:
+            UsageError: there is no such recipe; heads would be taught one level of scenes and asked about another.
+        """
+        recipe = table_recipe(self.recipe, self.overrides)
+        if recipe.from_model is not None:
+            raise UsageError(f"from_model={recipe.from_model}: what a table compares is trained from nothing")
+        heads = table_recipe(self.heads) if self.heads else recipe
+        if self.heads and (heads.model.text != READER or recipe.model.text == READER):
+            raise UsageError(
+                f"scale {self.name!r}: model.text is {READER} in heads={self.heads} and in no other recipe"
+            )
+        if heads.model.text == READER and heads.finetune:
+            self._refuse_other_scenes(heads.finetune.data)
+        return replace(recipe, name=Path(self.recipe).stem, output_dir="", resume=True)
+
+    def _refuse_other_scenes(self, taught: str) -> None:
+        """Heads know the nouns and words of one level: of another's questions they would be scored on noise."""
+        level = taught.partition(":")[0]
+        for data in (*self.data, self.search.data):
+            if (asked := data.partition(":")[0]) != level:
+                raise UsageError(
+                    f"finetune.data={taught} teaches the heads {level}, but scale {self.name!r} asks about {data}: "
+                    f"give finetune.data={asked}:captions, or in Python a Scale whose data and search.data are {level}"
+                )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table at a scale. fractions: of the samples, below 1, with which the rows are trained too (same steps).
+
+    table: the one that it is a variant of, where it has a name of its own.
+    """
+
+    name: str
+    asks: str
+    scale: Scale
+    rows: tuple[Row, ...]
+    fractions: tuple[float, ...] = ()
+    table: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """`table3-cpu`: where its results lie."""
+        return f"{self.name}-{self.scale.name}"
+
+    @property
+    def command(self) -> str:
+        """What makes it, but for `--connectors` and `--seeds`."""
+        name = ("--name", self.name) if self.table else ()
+        words = "acformer reproduce", self.table or self.name, *self.scale.overrides, "--scale", self.scale.name, *name
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A plan without its scale; `rows` looks into the registries when it is called."""
+
+    asks: str
+    rows: Callable[[], tuple[Row, ...]]
+    fractions: tuple[float, ...] = ()
+
+
+def plan_for(
+    table: str, scale: str, seeds: int | None = None, *, overrides: Sequence[str] = (), name: str | None = None
+) -> Plan:
+    """The plan of a table at a scale.
+
+    With `overrides`, `key=value` changes of the scale's recipe, the plan needs a `name` of its own: what is trained
+    otherwise does not belong into the same table.
+
+    Raises:
+        UsageError: no such table or scale; a changed recipe without a new name; another connector for all rows.
+    """
+    if table not in TABLES:
+        raise unknown_name("table", table, TABLES)
+    if scale not in SCALES:
+        raise unknown_name("scale", scale, SCALES)
+    if overrides and (name is None or name in TABLES):
+        raise UsageError(f"a changed recipe makes another table than {name or table}: give it a --name of its own")
+    if any(override.partition("=")[0].strip() == "model.connector" for override in overrides):
+        raise UsageError(
+            "model.connector is what the rows of a table differ in: choose rows with --connectors; options of all "
+            "stacks are model.connector_kwargs.KEY=VALUE"
+        )
+    chosen, size = TABLES[table], replace(SCALES[scale], overrides=tuple(overrides))
+    if seeds is not None:
+        size = replace(size, seeds=seeds)
+    variant_of = None if name in (None, table) else table
+    return Plan(name or table, chosen.asks, size, chosen.rows(), chosen.fractions, variant_of)
+
+
+def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:
+    """The rows of these connectors (or rows of that name); all by default."""
+    if names is None:
+        return plan.rows
+    valid = {name for row in plan.rows for name in (row.name, row.connector)}
+    for name in names:
+        if name not in valid:
+            raise unknown_name(f"connector of {plan.name}", name, valid)
+    return tuple(row for row in plan.rows if {row.name, row.connector} & set(names))
+
+
+def every_connector() -> tuple[Row, ...]:
+    """Table 3: one row a connector."""
+    from acformer.connectors import list_connectors
+
+    return tuple(Row(name, name) for name in list_connectors())
+
+
+def every_selector() -> tuple[Row, ...]:
+    """Table 4: every selector's tokens direct in, and as queries; the anchors drawn while training; all tokens."""
+    from acformer.anchors.selectors import SELECTORS
+
+    pairs = [(connector, selector) for connector in ("acformer", "top_p") for selector in SELECTORS.names()]
+    selected = (Row(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
+    drawn = Row("acformer-stochastic", "acformer", {"stochastic_anchors": True})
+    return (*selected, drawn, *(Row(name, name) for name in ("e_vit", "mlp")))
+
+
+def few_connectors() -> tuple[Row, ...]:
+    """Figure 1: learned, pooled and anchor queries, and all tokens."""
+    return tuple(Row(name, name) for name in ("acformer", "mlp", "perceiver", "pooling"))
+
+
+TABLES = {
+    "table3": Table("Which connector answers best at the same number of visual tokens?", every_connector),
+    "table4": Table(
+        "Direct in or aggregated; and is it the anchors, or any query that comes from the image?", every_selector
+    ),
+    "figure1": Table(
+        "Accuracy against the time of a training step, and against the number of training samples",
+        few_connectors,
+        (0.125, 0.25, 0.5),
+    ),
+}
+# DINOv2-S/14 has 12 blocks: a half, two thirds, and the last two below the feature layer, as of CLIP-L's 24.
+DINOV2_S = {"token_packer": {"hidden_layers": [6, 8, 10, 11]}}
+ON_TWO_CORES: dict[str, dict[str, Any]] = {
+    "c_abstractor": {"depth": 1},
+    "d_abstractor": {"depth": 1, "num_heads": 4, "ff_mult": 2},
+    "q_former": {"depth": 2, "hidden_size": 256, "num_heads": 4, "ff_mult": 2},
+    "token_packer": {"hidden_layers": [], "num_heads": 4},  # the feature layer alone, encoded already
+}
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "cpu",
+            recipe="scenes-cpu",
+            budgets=(37,),  # 36 is 6 x 6 of the 12 x 12 patches, so that pools are even; and [CLS]
+            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
+            search=Search("openmoji-scenes-small:validation", fraction=0.2),
+            scaling_budget=37,
+            sizes=ON_TWO_CORES,
+            fetch=("dinov2-s14", "openmoji", "photographs"),
+            note="No language model: small heads read the tokens, and rules turn what they say into answers "
+            "(`docs/reproduce.md`). This shows what the tokens still know, not how a model would answer. Heads do not "
+            "mix tokens, which favours connectors that do; `mlp` over all tokens is no ceiling. Stacks, abstractors "
+            "and the Q-Former have one or two layers in place of six or more, `token_packer` the feature layer alone. "
+            "A printed number counts as wrong: heads name words only.",
+        ),
+        Scale(
+            "cpu-lm",
+            recipe="scenes-cpu-lm",
+            budgets=(37,),
+            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
+            search=Search("openmoji-scenes-small:validation", fraction=0.2),
+            scaling_budget=37,
+            sizes=ON_TWO_CORES,
+            heads="scenes-cpu",
+            fetch=("dinov2-s14", "openmoji", "photographs"),
+            note="A language model of 1 M parameters answers. Small heads taught every row's connector first, since "
+            "the language model alone does not find out in what two cores allow that image tokens tell it anything "
+            "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
+            "more, `token_packer` the feature layer alone.",
+        ),
+        Scale(
+            "gpu",
+            recipe="scenes-gpu",
+            budgets=(17, 33, 65, 145),
+            data=("openmoji-scenes:test", "openmoji-scenes:novel"),
+            search=Search("openmoji-scenes:validation"),
+            scaling_budget=65,
+            sizes=DINOV2_S,
+            fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
+            needs_accelerator=True,
+        ),
+    )
+}

@@ -1,0 +1,209 @@
+"""Records -> one Markdown table: mean and 95 % interval over seeds, the blind score beside them, failures in words."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from acformer.lab.reproduce.plans import Plan, Scale
+from acformer.lab.reproduce.records import read_record
+from acformer.lab.reproduce.runs import Cell, Job, Timing, job_path, job_record, records_of
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a cell: the records of its seeds, that of its row's timing, and what went wrong."""
+
+    name: str
+    budget: int
+    fraction: float
+    records: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    timing: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, cell: Cell, results: Path) -> "Measured":
+        """Read the records of a cell in the folder of its table."""
+        timings = [Timing(run) for run in cell.runs[:1]]
+        jobs: list[Job] = [*cell.runs, *timings]
+        failed = [(job, read_record(job_path(results, job)).get("error")) for job in jobs]
+        errors = [f"{job.folder}/{job.name}: {error}" for job, error in failed if error]
+        if cell.error:
+            errors.append(f"{cell.row.name} at T = {cell.budget}: {cell.error}")
+        timing = job_record(results, timings[0]) if timings else None
+        return cls(cell.row.name, cell.budget, cell.fraction, records_of(cell, results), errors, timing)
+
+    def values(self, data: str, family: str = AVERAGE) -> list[float]:
+        """The score of a family of questions in every seed; by default the average of all families."""
+        return [shown_scores(record["scores"][data])[family].value for record in self.records]
+
+    def median(self, key: str) -> float:
+        """Of a number that the records hold."""
+        return median(record[key] for record in self.records)
+
+    def step(self) -> float:
+        """Seconds of a training step; nan if it was not timed."""
+        return self.timing["step_seconds"] if self.timing else math.nan
+
+    def learned(self, data: str) -> bool:
+        """Whether the average is above the blind one by more than its interval (of one seed: that over pictures)."""
+        scores = [shown_scores(record["scores"][data])[AVERAGE] for record in self.records]
+        mean, half = mean_interval([score.value for score in scores])
+        low = scores[0].low if math.isnan(half) else mean - half
+        return low > max(score.blind for score in scores)
+
+
+class Score(NamedTuple):
+    """A score, the lower end of its interval over pictures, and what is scored without a look; nan if not known."""
+
+    value: float
+    low: float = math.nan
+    blind: float = math.nan
+
+
+def shown_scores(scores: dict[str, Any]) -> dict[str, Score]:
+    """The columns of a table: `average`, then every family with its own measure.
+
+    Of a data set without families (see `acformer.evaluate.families`) the accuracy over all questions, and of each kind.
+    """
+    if "families" not in scores:
+        kinds = {kind: Score(value) for kind, value in scores["accuracy_by_kind"].items()}
+        return {AVERAGE: Score(scores["accuracy"], scores["interval"][0], scores["blind_accuracy"]), **kinds}
+    columns = {AVERAGE: scores["average"], **scores["families"]}
+    return {name: Score(column["score"], column["interval"][0], column["blind"]) for name, column in columns.items()}
+
+
+def student_t(freedom: int, level: float = 0.95) -> float:
+    """t with P(|T| < t) = level. With T = sqrt(freedom) tan(a) the density of a is cos(a)^(freedom - 1)."""
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level, below / below[-1], angles)))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval, t_(n-1) s / sqrt(n); nan for the latter of a single value."""
+    n = len(values)
+    half = student_t(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return fmean(values), half
+
+
+def percent(values: Sequence[float]) -> str:
+    """`85.2 ± 1.3`; without the interval where it is not known."""
+    mean, half = (100 * value for value in mean_interval(values))
+    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
+    """The whole page of a plan."""
+    scale = plan.scale
+    parts = [
+        f"# {plan.name}, {scale.name} scale",
+        plan.asks,
+        f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
+        f"{_rates(scale)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
+        "*average* is the mean of the families, *blind* what is scored without a look at the picture, in each family "
+        "the better of the most frequent answers and, of questions about scenes, of heads that see nothing. *step* is "
+        "the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
+        "that learning rate that was best, with < or > where it is the lowest or highest tried and a better one "
+        "may lie beyond.",
+        scale.note,
+    ]
+    for data in scale.data:
+        parts += [f"## {data}", _verdict(cells, data)]
+        for budget in scale.budgets:
+            chosen = [cell for cell in cells if cell.budget == budget and cell.fraction == 1]
+            parts += [f"### T = {budget}", _table(chosen, data)]
+        for fraction in plan.fractions:
+            chosen = [cell for cell in cells if cell.fraction == fraction]
+            parts += [f"### {fraction:g} of the samples, T = {scale.scaling_budget}", _table(chosen, data)]
+    if errors := all_errors(cells):
+        parts += ["## Failed", "\n".join(f"- {error}" for error in errors)]
+    return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
+
+
+def _rates(scale: Scale) -> str:
+    """How the connector's learning rate was found."""
+    found = f"is the best of {len(scale.search.factors)} tried by every row for {scale.search.fraction:g} of the steps"
+    if scale.heads is None:
+        return f"the connector's learning rate {found}."
+    return (
+        f"before it, every row's connector was taught by the heads of `{scale.heads}`, whose data and steps are their "
+        f"own. There the connector's learning rate {found} (*rate*); after the heads it is the same for all rows."
+    )
+
+
+def _table(cells: Sequence[Measured], data: str) -> str:
+    """One line a row, best first; then the blind line, and the names of the rows that were not run."""
+    known = [cell for cell in cells if cell.records]
+    columns = shown_scores(known[0].records[0]["scores"][data]) if known else {AVERAGE: Score(math.nan)}
+    blind = ["" if math.isnan(score.blind) else f"{100 * score.blind:.1f}" for score in columns.values()]
+    head = ["connector", "T", *columns, "rate", "weights", "step", "seeds"]
+    ranked = sorted(known, key=lambda cell: -mean_interval(cell.values(data))[0])
+    ranked.sort(key=lambda cell: not cell.learned(data))
+    lines = [_line(cell, data, list(columns)) for cell in ranked]
+    missing = [cell for cell in cells if not cell.records]
+    lines += [[f"`{cell.name}`", "", "failed", *[""] * (len(head) - 3)] for cell in missing if cell.errors]
+    lines.append(["*blind*", "", *blind, "", "", "", ""])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+    unknown = ", ".join(f"`{cell.name}`" for cell in missing if not cell.errors)
+    return f"{table}\n\nNot measured: {unknown}." if unknown else table
+
+
+def _line(cell: Measured, data: str, columns: Sequence[str]) -> list[str]:
+    scores = [percent(cell.values(data, column)) for column in columns]
+    if not cell.learned(data):
+        scores = [f"did not learn ({scores[0]})", *[""] * (len(columns) - 1)]
+    weights, step = cell.median("num_parameters") / 1e6, cell.step()
+    tokens = f"{cell.median('num_tokens'):.0f}"
+    rates = sorted({_rate(record) for record in cell.records})
+    return [
+        f"`{cell.name}`",
+        tokens,
+        *scores,
+        *[", ".join(rates)],
+        f"{weights:.1f} M",
+        "" if math.isnan(step) else f"{step:.3g} s",
+        str(len(cell.records)),
+    ]
+
+
+def _rate(record: dict[str, Any]) -> str:
+    """`0.3`; `<0.03` or `>10` where the search ended at the end of its range."""
+    tried, factor = sorted(record["losses_of_factors"], key=float), record["factor"]
+    beyond = "" if len(tried) < 2 else {float(tried[0]): "<", float(tried[-1]): ">"}.get(factor, "")
+    return f"{beyond}{factor:g}"
+
+
+def _verdict(cells: Sequence[Measured], data: str) -> str:
+    """Whether the table counts: what all tokens through the MLP come to, against blind."""
+    every = [cell for cell in cells if cell.name == "mlp" and cell.fraction == 1 and cell.records]
+    if not every:
+        return "Whether this table counts is not known: `mlp` over all tokens, its measure, was not run."
+    blind = 100 * shown_scores(every[0].records[0]["scores"][data])[AVERAGE].blind
+    if not every[0].learned(data):
+        return f"This table does not count: `mlp` over all tokens is at the blind level ({blind:.1f})."
+    return f"`mlp` over all tokens: {percent(every[0].values(data))} (aim 85); blind: {blind:.1f} (aim under 40)."
+
+
+def all_errors(cells: Sequence[Measured]) -> list[str]:
+    """What went wrong, each once: cells of one row share its timing."""
+    return list(dict.fromkeys(error for cell in cells for error in cell.errors))
+
+
+def _machines(cells: Sequence[Measured]) -> str:
+    """Where and with what the records were made."""
+    scores = _made_on([record for cell in cells for record in cell.records])
+    steps = _made_on([cell.timing for cell in cells if cell.timing])
+    return "\n\n".join(f"{what} on: {where}." for what, where in (("Measured", scores), ("Timed", steps)) if where)
+
+
+def _made_on(records: Sequence[dict[str, Any]]) -> str:
+    keys = ("device", "machine", "torch", "transformers", "commit")
+    return "; ".join(sorted({", ".join(f"{key} {record[key]}" for key in keys) for record in records}))

@@ -1,0 +1,1 @@
+"""Two-stage training (Sec. 4.1): a recipe, its stages, the trainer."""

@@ -1,0 +1,1 @@
+"""Image encoder in, `VisionFeatures` out."""
