@@ -18,7 +18,8 @@ import yaml
 from acformer import cli
 from acformer.anchors.selectors import SELECTORS
 from acformer.connectors import CONNECTORS, Geometry, build_connector
-from acformer.hf.fusion import build_fusion
+from acformer.data.datasets import DATASETS
+from acformer.hf.fusion import FUSIONS, build_fusion
 from acformer.training.recipe import Recipe, list_recipes, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +54,20 @@ def assert_it_can_be_built(recipe: Recipe) -> None:
     build_fusion(recipe.model.fusion, tiny.model().model.language_model, **recipe.model.fusion_kwargs)
 
 
-@pytest.mark.parametrize("page", ["api.md", "connectors.md"])
-def test_python_runs(page):
+@pytest.fixture
+def registries_as_they_were():
+    """What a page registers is forgotten after it."""
+    registries = [(registry, dict(registry)) for registry in (CONNECTORS, DATASETS, FUSIONS, SELECTORS)]
+    yield
+    for registry, before in registries:
+        registry.clear()
+        registry.update(before)
+
+
+@pytest.mark.usefixtures("registries_as_they_were")
+@pytest.mark.parametrize("page", ["api.md", "connectors.md", "add-a-data-set.md", "add-a-fusion.md"])
+def test_python_runs(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
     text = (ROOT / "docs" / page).read_text().removesuffix(three_steps())
     assert blocks(text, "python")
     for block in blocks(text, "python"):
