@@ -69,7 +69,7 @@ def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
         ("connector", "acforner", "unknown connector 'acforner'; did you mean 'acformer'"),
         ("connector_kwargs", {"num_anchor": 4}, "did you mean 'num_anchors'"),
         ("connector_kwargs", {"num_anchors": "x"}, "option num_anchors of connector 'acformer' must be a positive int"),
-        ("connector_kwargs", {"num_anchors": 99}, "num_anchors=99 is outside 1..16: the image has 4 x 4 patches"),
+        ("connector_kwargs", {"num_anchors": 99}, "num_anchors must be in 1..16 (the number of patches), got 99"),
     ):
         (model_folder / "config.json").write_text(json.dumps({**config, key: value}))
         (tmp_path / "data.json").write_text("[]")
@@ -81,11 +81,11 @@ def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
 @pytest.mark.parametrize(
     ("file", "field", "code", "message"),
     [
-        ("config", {"connector_kwargs": [1]}, 2, "config field connector_kwargs must be dict, got [1]"),
-        ("config", {"fusion_kwargs": "x"}, 2, "config field fusion_kwargs must be dict, got 'x'"),
-        ("config", {"feature_layer": "x"}, 2, "config field feature_layer must be int, got 'x'"),
-        ("config", {"image_size": "big"}, 2, "config field image_size must be int, got 'big'"),
-        ("config", {"vision_config": 3}, 2, "config field vision_config must be dict, got 3"),
+        ("config", {"connector_kwargs": [1]}, 2, "config field connector_kwargs must be a dict or nothing, got [1]"),
+        ("config", {"fusion_kwargs": "x"}, 2, "config field fusion_kwargs must be a dict or nothing, got 'x'"),
+        ("config", {"feature_layer": "x"}, 2, "config field feature_layer must be an int, got 'x'"),
+        ("config", {"image_size": "big"}, 2, "config field image_size must be an int or nothing, got 'big'"),
+        ("config", {"vision_config": 3}, 2, "config field vision_config must be a dict or PreTrainedConfig or nothing"),
         ("config", {"vision_config": {"model_type": "clip"}}, 4, "cannot load"),
         ("config", {"text_config": {"model_type": "t5"}}, 4, "cannot load"),
         ("config", {"num_placeholders": 3}, 4, "cannot load"),
@@ -255,12 +255,15 @@ def test_anchors_draws_and_prints(capsys, tmp_path, anchors_command):
     assert "num_anchors" in refused(capsys, 2, *common[:-1], "65")
 
 
-def test_connectors_lists_all(capsys):
+def test_connectors_and_selectors_are_listed(capsys):
+    from acformer.anchors.selectors import SELECTORS
     from acformer.connectors import CONNECTORS
 
-    code, out, _ = run(capsys, "connectors")
-    assert code == 0
-    assert all(name in out for name in CONNECTORS)
+    for command, registry in (("connectors", CONNECTORS), ("selectors", SELECTORS)):
+        code, out, _ = run(capsys, command)
+        assert code == 0
+        assert {*registry.names(), *registry.aliases} == {line.split(" ")[0] for line in out.splitlines()} - {""}
+    assert "needs [CLS] attention; drawn at random while training: if asked" in out
 
 
 def test_debug_shows_the_traceback(capsys):

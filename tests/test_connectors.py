@@ -1,6 +1,8 @@
-"""The contract that every connector keeps; a new line in `CONNECTORS` is tested here without a new test."""
+"""The contract that every connector keeps; a new line in `CONNECTORS` is tested here without a new test.
 
-import inspect
+`-k NAME` runs the contract tests of one connector, and those that it has for itself.
+"""
+
 from typing import Any
 
 import pytest
@@ -22,8 +24,9 @@ from acformer.connectors import (
 from acformer.connectors.blocks import CrossAttentionStack, FeedForward, Projector
 from acformer.connectors.merging import fuse_rest, merge_rest
 from acformer.connectors.queries import FusedQueries, LearnedQueries, PooledQueries, SelectedQueries
-from acformer.connectors.stack import StackConnector
+from acformer.connectors.resampler import Resampler
 from acformer.errors import UsageError
+from acformer.registry import options_of
 
 SMALL = {
     "num_anchors": 9,
@@ -38,6 +41,7 @@ SMALL = {
     "ff_mult": 2,
 }
 CLIP = Geometry(32, 24, (6, 6), 1)
+RANDOM = {"selector": "random"}
 GEOMETRIES = {
     "clip": CLIP,
     "non-square": Geometry(32, 24, (3, 8), 1),
@@ -46,9 +50,10 @@ GEOMETRIES = {
 }
 names = pytest.mark.parametrize("name", list_connectors())
 geometries = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+ALL_SELECTORS = [*SELECTORS.names(), *SELECTORS.aliases]
 # Every connector, and with every selector where it takes one.
 CHOICES: list[tuple[str, dict[str, str]]] = [(name, {}) for name in list_connectors()]
-CHOICES += [(n, {"selector": other}) for n, _ in CHOICES if "selector" in connector_options(n) for other in SELECTORS]
+CHOICES += [(n, {"selector": s}) for n, _ in CHOICES if "selector" in connector_options(n) for s in ALL_SELECTORS]
 
 
 def small(name: str, geometry: Geometry = CLIP, seed: int = 0, **kwargs: Any) -> Connector:
@@ -79,7 +84,7 @@ def test_every_parameter_learns(name, geometry, make_features):
 
 
 @names
-def test_a_step_without_pictures_reaches_every_weight(name):
+def test_a_step_without_images_reaches_every_weight(name):
     connector = small(name).train()
     zero_loss = connector.zero_loss()
     zero_loss.backward()
@@ -142,7 +147,7 @@ def test_any_number_of_tokens_or_a_refusal(name, options, num_tokens, make_featu
         assert output.isfinite().all()
         assert torch.equal(connector(features), connector(features, connector.num_tokens))
     else:
-        can = r"nearest: \d|must be in 1\.\.36|all 36 patches are chosen"
+        can = r"nearest: \d|must be in 1\.\.3[56]"
         refusal = can if connector.elastic else f"always gives {connector.num_tokens} "
         with pytest.raises(UsageError, match=refusal):
             connector(features, num_tokens)
@@ -182,8 +187,8 @@ def test_unknown_option(name):
 @pytest.mark.parametrize("value", ["x", "4", None, [4.5], 0, -3, float("nan"), float("inf")])
 def test_values_that_do_not_fit(name, value):
     """Whoever checks it, the message names the option."""
-    for option, parameter in inspect.signature(CONNECTORS[name]).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and (value is not None or "None" not in str(parameter.annotation)):
+    for option, parameter in options_of(CONNECTORS[name]).items():
+        if value is not None or "None" not in str(parameter.annotation):
             with pytest.raises(UsageError, match=f"{option}.* must be a |unknown {option} '{value}'; .*valid: "):
                 small(name, **{option: value})
 
@@ -217,6 +222,14 @@ def test_compiles_into_one_graph(name, make_features):
     torch.compiler.reset()
 
 
+@names
+def test_says_what_it_is(name):
+    """In one line, for the tables; the base class's own would say nothing."""
+    idea, base = (thing.__doc__.partition("\n")[0] for thing in (CONNECTORS[name], Connector))
+    assert 30 < len(idea) < 120
+    assert idea != base
+
+
 def test_unknown_name():
     with pytest.raises(UsageError, match=r"unknown connector 'acfomer'; did you mean 'acformer'.*mlp, .*perceiver"):
         build_connector("acfomer", CLIP)
@@ -237,7 +250,7 @@ def test_options_of_the_paper():
         "ff_mult": 4,
     }
     with torch.device("meta"):
-        for name in ("acformer", "perceiver", "pooling", "pooling_pr", "random_pr", "top_p"):
+        for name in ("acformer", "direct", "perceiver", "pooling", "pooling_pr", "random_pr", "top_p"):
             assert build_connector(name, clip_l).num_tokens == 145
         assert build_connector("e_vit", clip_l).num_tokens == 146
         assert build_connector("pixel_shuffle", clip_l).num_tokens == 144
@@ -283,7 +296,7 @@ def test_a_connector_may_take_other_values(monkeypatch):
     monkeypatch.setitem(CONNECTORS, "odd", Odd)
     assert build_connector("odd", CLIP, offset=-2, width=None, sizes=[1]).options == (-2, None, [1])
     assert build_connector("odd", CLIP, offset=0, width=3).options == (0, 3, ())
-    with pytest.raises(UsageError, match=r"option offset of connector 'odd' .* got -3"):
+    with pytest.raises(UsageError, match=r"option offset of connector 'odd' must be an int of at least -2, got -3"):
         build_connector("odd", CLIP, offset=-3)
     with pytest.raises(UsageError, match="option width of connector 'odd' must be a positive int or nothing, got 'x'"):
         build_connector("odd", CLIP, width="x")
@@ -361,7 +374,7 @@ class TestAcFormer:
         assert torch.equal(connector(features, 21), other(features))
 
     def test_more_anchors_than_patches(self):
-        with pytest.raises(UsageError, match=r"num_anchors=37 .*1\.\.36.*6 x 6 patches"):
+        with pytest.raises(UsageError, match=r"num_anchors must be in 1\.\.36 \(the number of patches\), got 37"):
             small("acformer", num_anchors=37)
 
     @pytest.mark.parametrize("num_tokens", [1, 38])
@@ -373,7 +386,7 @@ class TestAcFormer:
         with pytest.raises(UsageError, match=r"no \[CLS\] attention"):
             small("acformer")(make_features(CLIP)._replace(cls_attention=None))
 
-    @pytest.mark.parametrize("selector", SELECTORS)
+    @pytest.mark.parametrize("selector", ALL_SELECTORS)
     def test_any_selector(self, selector, make_features):
         """The same weights, other queries."""
         features = make_features(CLIP)
@@ -401,7 +414,7 @@ class TestAcFormer:
             small("acformer", selector=selector, stochastic_anchors=True)
 
     def test_unknown_selector(self):
-        for name in ("acformer", "top_p"):
+        for name in ("acformer", "direct"):
             with pytest.raises(UsageError, match="unknown selector 'anchor'; did you mean 'anchors'"):
                 small(name, selector="anchor")
 
@@ -411,18 +424,46 @@ class TestAcFormer:
         assert small("acformer", selector=selector)(features).shape == (2, 10, 24)
 
 
-class TestRandomPR:
+class TestAliases:
+    @pytest.mark.parametrize(("other", "name", "options"), [("top_p", "direct", {}), ("random_pr", "acformer", RANDOM)])
+    def test_the_papers_names(self, other, name, options, make_features):
+        """Whatever is told or asked by one name is the same by the other: options, budgets, weights, tokens."""
+        assert connector_options(other) == {**connector_options(name), **options}
+        assert budget_options(other, CLIP, 8) == budget_options(name, CLIP, 8)
+        connector, expected = small(other), small(name, **options)
+        assert type(connector) is type(expected)
+        features = make_features(CLIP)
+        assert torch.equal(connector(features), expected(features))
+        assert connector.state_dict().keys() == expected.state_dict().keys()
+        assert other not in list_connectors()
+        with pytest.raises(UsageError, match=f"option of connector '{other}' 'num_anchor'; did you mean 'num_anchors'"):
+            build_connector(other, CLIP, num_anchor=3)
+
+    def test_an_option_of_its_own_goes_before_the_aliases(self, make_features):
+        features = make_features(CLIP)
+        assert torch.equal(small("random_pr", selector="norm")(features), small("acformer", selector="norm")(features))
+
+    def test_options_by_their_former_names(self):
+        """As configs and recipes may still have them."""
+        assert small("token_packer", levels=[1, 2]).hidden_layers == (1, 2)
+        with pytest.raises(UsageError, match="option hidden_layers of connector 'token_packer' must be a list of ints"):
+            small("token_packer", levels="x")
+        with pytest.raises(UsageError, match=r"option of connector 'token_packer' 'level'"):
+            small("token_packer", level=[1])
+
+    def test_a_connector_of_that_name_goes_before_the_alias(self, monkeypatch):
+        monkeypatch.setitem(CONNECTORS, "top_p", CONNECTORS["mlp"])
+        assert build_connector("top_p", CLIP, include_prefix=True).num_tokens == 37
+
+
+class TestRandomQueries:
     def test_evaluation_can_be_repeated_and_training_varies(self, make_features):
-        features, connector = make_features(CLIP), small("random_pr")
+        features, connector = make_features(CLIP), small("acformer", **RANDOM)
         assert torch.equal(connector(features), connector(features))
         connector.train()
         assert not torch.equal(connector(features), connector(features))
 
-    def test_is_acformer_with_random_queries(self, make_features):
-        features = make_features(CLIP)
-        assert torch.equal(small("random_pr")(features), small("acformer", selector="random")(features))
-
-    def test_pictures_differ_in_what_is_drawn(self, make_features):
+    def test_images_differ_in_what_is_drawn(self, make_features):
         features = make_features(CLIP, batch=8)
         assert len({tuple(row) for row in SELECTORS["random"](features, 9).tolist()}) == 8
 
@@ -472,12 +513,12 @@ class TestPooling:
 
 
 class TestDirect:
-    """`top_p` and `e_vit`: no cross-attention."""
+    """`direct` and `e_vit`: no cross-attention."""
 
-    @pytest.mark.parametrize("selector", SELECTORS)
+    @pytest.mark.parametrize("selector", ALL_SELECTORS)
     @geometries
     def test_selected_tokens_into_the_projector(self, selector, geometry, make_features):
-        features, connector = make_features(geometry), small("top_p", geometry, selector=selector)
+        features, connector = make_features(geometry), small("direct", geometry, selector=selector)
         queries = SelectedQueries(geometry, 9, selector).eval()(features, connector.num_tokens)
         assert torch.equal(connector(features), connector.projector(queries))
 
@@ -497,9 +538,10 @@ class TestDirect:
 
     def test_e_vit_needs_a_rest(self, make_features):
         assert small("e_vit", num_anchors=35).num_tokens == 37
-        with pytest.raises(UsageError, match=r"num_anchors=36 is outside 1\.\.35"):
+        refusal = r"num_anchors must be in 1\.\.35 \(the number of patches less 1\), got 36"
+        with pytest.raises(UsageError, match=refusal):
             small("e_vit", num_anchors=36)
-        with pytest.raises(UsageError, match="all 36 patches are chosen"):
+        with pytest.raises(UsageError, match=refusal):
             small("e_vit")(make_features(CLIP), 38)
 
     def test_no_attention_at_all_fuses_to_nothing(self):
@@ -520,6 +562,18 @@ class TestDirect:
         dominant = SELECTORS["cls_topk"](features, num_tokens - 1 - contextual)
         assert torch.equal(tokens[:, 1:-contextual], pick(features.patches, dominant))
         assert torch.equal(tokens[:, -contextual:], merge_rest(features.patches, dominant, contextual))
+
+    def test_contextual_tokens_with_any_selector(self, make_features):
+        """`dominant_contextual` is `cls_topk` and a share; another selector may have one, or that one none."""
+        features = make_features(CLIP)
+        assert SELECTORS["dominant_contextual"] is SELECTORS["cls_topk"]
+        tokens = SelectedQueries(CLIP, 9, "grid", contextual=0.2)(features, 10)
+        assert torch.equal(tokens[:, 1:8], pick(features.patches, SELECTORS["grid"](features, 7)))
+        assert torch.equal(tokens[:, 8:], merge_rest(features.patches, SELECTORS["grid"](features, 7), 2))
+        plain, none = (
+            SelectedQueries(CLIP, 9, name, contextual=0)(features, 10) for name in ("cls_topk", "dominant_contextual")
+        )
+        assert torch.equal(plain, none)
 
     def test_contextual_tokens_are_means_of_all_that_is_left(self, make_features):
         """Weighted by how many joined, they sum to the sum of the patches that were not chosen."""
@@ -577,7 +631,7 @@ class TestStack:
 
     def test_only_norms_and_projector_have_biases(self):
         connector = small("acformer")
-        assert isinstance(connector, StackConnector)
+        assert isinstance(connector, Resampler)
         linear = [m for m in connector.stack.modules() if isinstance(m, nn.Linear)]
         assert linear
         assert all(m.bias is None for m in linear)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_connectors
+import test_selectors
 import tiny
 import torch
 import yaml
@@ -26,14 +28,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 YOURS = ("NAME", "strided")
 """Connectors that a reader is told to write."""
+ADD_CONNECTOR, ADD_SELECTOR = "## Add one in three steps", "## Add a selector"
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def three_steps() -> str:
-    return (ROOT / "docs/connectors.md").read_text().partition("## Add one in three steps")[2]
+def section(title: str) -> str:
+    """Of the page of connectors."""
+    return (ROOT / "docs/connectors.md").read_text().partition(f"{title}\n")[2].partition("\n## ")[0]
 
 
 def commands() -> list[str]:
@@ -68,7 +72,7 @@ def registries_as_they_were():
 @pytest.mark.parametrize("page", ["api.md", "connectors.md", "add-a-data-set.md", "add-a-fusion.md"])
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
-    text = (ROOT / "docs" / page).read_text().removesuffix(three_steps())
+    text = (ROOT / "docs" / page).read_text().partition(ADD_CONNECTOR)[0]
     assert blocks(text, "python")
     for block in blocks(text, "python"):
         exec(block, {})
@@ -100,27 +104,75 @@ def laid_over(below: Any, above: Any) -> Any:
     return below | {k: v if k.endswith("_kwargs") else laid_over(below.get(k), v) for k, v in above.items()}
 
 
-def test_three_steps_are_enough(tmp_path):
-    """The page's connector in a copy of the package: the contract tests find it and it passes them."""
-    (code,) = blocks(three_steps(), "python")
-    imported, line = re.findall(r"```text\n(.*?)\n\n(.*?\n)```", three_steps(), re.DOTALL)[0]
-    for folder in ("src", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    package = tmp_path / "src/acformer/connectors"
-    (package / "strided.py").write_text(code)
-    registry = (package / "__init__.py").read_text()
-    opening = '    "acformer.connectors",\n    {\n'
-    assert opening in registry
-    first = "CONNECTORS = Registry"
-    registry = registry.replace(opening, opening + line).replace(first, f"{imported}\n\n{first}")
-    (package / "__init__.py").write_text(registry)
-    files = [f"tests/test_{name}.py" for name in ("connectors", "modeling", "bench")]
-    command = [sys.executable, "-m", "pytest", *files, "-k", "strided", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
-    result = subprocess.run([*command, "-rA"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+def copy_of_the_package(folder: Path) -> Path:
+    """To be changed: its sources and tests; returns the package."""
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder / "src/acformer"
+
+
+def insert(path: Path, before: str, text: str) -> None:
+    old = path.read_text()
+    assert old.count(before) == 1
+    path.write_text(old.replace(before, text + before))
+
+
+def passed_tests(folder: Path, files: list[str], name: str) -> list[str]:
+    """`file::test[id]` of the tests that `pytest FILES -k NAME` runs there; none of them fails."""
+    command = [sys.executable, "-m", "pytest", *files, "-k", name, "-p", "no:cacheprovider", "-rA"]
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("\nPASSED ") > 40
+    passed = re.findall(r"^PASSED (.*)", result.stdout, re.MULTILINE)
+    assert all(name in re.split(r"[\[\] -]", test) for test in passed), "its own tests alone"
+    return passed
+
+
+def contract_tests(scope: Any) -> set[str]:
+    """The tests of a module or class that every name of a registry goes through."""
+    marks = {name: getattr(test, "pytestmark", []) for name, test in vars(scope).items() if name.startswith("test_")}
+    by_name = {name for name, found in marks.items() if any("name" in mark.args[0] for mark in found)}
+    assert len(by_name) > 9
+    return by_name
+
+
+def names_of(passed: list[str], file: str) -> set[str]:
+    tests = [test.partition("[")[0].split("::") for test in passed]
+    return {parts[-1] for parts in tests if parts[0] == f"tests/{file}.py"}
+
+
+def test_three_steps_are_enough(tmp_path):
+    """The page's connector in a copy of the package: all contract tests find it by its name, and it passes them."""
+    (code,) = blocks(section(ADD_CONNECTOR), "python")
+    imported, line = re.findall(r"```text\n(.*?)\n\n(.*?\n)```", section(ADD_CONNECTOR), re.DOTALL)[0]
+    package = copy_of_the_package(tmp_path) / "connectors"
+    (package / "strided.py").write_text(code)
+    insert(package / "__init__.py", '        "acformer": AcFormerConnector,\n', line)
+    insert(package / "__init__.py", "CONNECTORS = Registry", f"{imported}\n\n")
+    assert "pytest tests/test_connectors.py -k strided`" in section(ADD_CONNECTOR)
+    passed = passed_tests(
+        tmp_path, [f"tests/test_{name}.py" for name in ("connectors", "modeling", "bench")], "strided"
+    )
+    assert names_of(passed, "test_connectors") == contract_tests(test_connectors)
+    assert names_of(passed, "test_modeling")
+    assert names_of(passed, "test_bench")
+
+
+def test_a_selector_is_a_function_and_a_line(tmp_path):
+    """As above, of the page's selector; `acformer` and `direct` take it."""
+    (code,) = blocks(section(ADD_SELECTOR), "python")
+    (line,) = blocks(section(ADD_SELECTOR), "text")
+    path = copy_of_the_package(tmp_path) / "anchors/selectors.py"
+    insert(path, '        "anchors": by_score(cls_attention),\n', line)
+    insert(path, "SELECTORS = Registry", f"{code}\n\n")
+    assert "pytest tests/test_selectors.py tests/test_connectors.py -k contrast`" in section(ADD_SELECTOR)
+    files = ["tests/test_selectors.py", "tests/test_connectors.py"]
+    passed = passed_tests(tmp_path, files, "contrast")
+    assert names_of(passed, "test_selectors") == contract_tests(test_selectors.TestEvery) - {
+        "test_nan_is_refused_by_the_name_of_what_holds_it"
+    }
+    assert {"test_any_number_of_tokens_or_a_refusal", "test_any_selector"} <= names_of(passed, "test_connectors")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +196,10 @@ def test_table_of_connectors(hooks):
     assert {*rows} == {*CONNECTORS}
     assert rows["acformer"][1:] == ["145", "yes", "yes", "84 M"]
     assert rows["mlp"][1:] == ["576", "no", "no", "21 M"]
-    assert all(len(idea) > 30 for idea, *_ in rows.values())
+
+
+def test_other_names_are_on_the_page(hooks):
+    assert hooks.aliases(CONNECTORS) == "- `random_pr` is `acformer` with `selector: random`\n- `top_p` is `direct`"
 
 
 def test_table_of_selectors(hooks):
@@ -161,3 +216,5 @@ def test_every_list_is_on_a_page(hooks):
         assert mark not in hooks.on_page_markdown(page)
     full = hooks.connectors_in_full()
     assert all(f".{connector.__qualname__}\n" in full for connector in CONNECTORS.values())
+    assert full.count("Options: ") == len(CONNECTORS)
+    assert "`num_queries=145`, `depth=6`" in full, "those of the stack too"

@@ -61,7 +61,7 @@ def test_a_step_draws_its_own_number_and_always_the_same():
     assert all(140 < count < 260 for count in counts.values())
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", [*SELECTORS, *SELECTORS.aliases])
 def test_the_range_must_fit_the_connector(selector):
     acformer = build_connector("acformer", CLIP, **{**SMALL, "selector": selector})
     assert elastic_choices(acformer, 2, 17) == tuple(range(2, 18))

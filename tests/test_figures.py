@@ -30,7 +30,7 @@ from acformer.lab.figures.sheet import save
 from acformer.viz import Anchors
 from acformer.viz.sources import attention_weights, token_sources
 
-DIRECT = ("mlp", "linear", "pooling", "top_p", "e_vit")
+DIRECT = ("mlp", "linear", "pooling", "direct", "e_vit")
 STACKS = ("acformer", "perceiver", "pooling_pr", "random_pr")
 QUESTION = "red green?"
 
@@ -267,9 +267,9 @@ def test_shares_of_a_stack_are_its_cross_attention(name):
     torch.testing.assert_close(token_sources(model.model.connector, features), weights[0].mean(0))
 
 
-def test_the_anchors_are_the_sources_of_top_p():
-    connector = tiny.model("top_p").model.connector
-    features = tiny.model("top_p").get_vision_features(torch.randn(1, 3, 16, 16))
+def test_the_anchors_are_the_sources_of_direct():
+    connector = tiny.model("direct").model.connector
+    features = tiny.model("direct").get_vision_features(torch.randn(1, 3, 16, 16))
     (chosen,) = select_anchors(features.cls_attention, 4).tolist()
     expected = F.one_hot(torch.tensor([0, *(1 + patch for patch in chosen)]), 17).float()
     assert torch.equal(token_sources(connector, features), expected)

@@ -16,7 +16,7 @@ from acformer.errors import UsageError
 from acformer.evaluate.generate import answer
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerModel, AcFormerProcessor
 from acformer.hf.checkpoints import load_model
-from acformer.hf.fusion import FUSIONS, GatedBlock, VisualContext, build_fusion
+from acformer.hf.fusion import FUSIONS, CrossAttentionInputs, GatedCrossAttentionBlock, build_fusion
 from acformer.training.recipe import load_recipe
 from acformer.training.stages import train
 from acformer.training.trainer import freeze
@@ -89,13 +89,13 @@ def test_opened_gates_let_the_picture_through():
 
 def test_a_block_does_what_its_formula_says():
     torch.manual_seed(0)
-    block = GatedBlock(16, num_heads=2, head_dim=4, ff_mult=2)
+    block = GatedCrossAttentionBlock(16, num_heads=2, head_dim=4, ff_mult=2)
     with torch.no_grad():
         block.attention_gate.fill_(0.3)
         block.feed_forward_gate.fill_(-0.7)
     x, states = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     mask = torch.rand(2, 1, 5, 6) > 0.3
-    sees = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]]).bool().unsqueeze(-1)
+    has_image = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]]).bool().unsqueeze(-1)
     attention = block.attention
     query = attention.q_proj(attention.norm_queries(x)).unflatten(-1, (2, 4)).transpose(1, 2)
     key, value = (
@@ -103,10 +103,10 @@ def test_a_block_does_what_its_formula_says():
         for part in attention.kv_proj(attention.norm_features(states)).chunk(2, -1)
     )
     scores = (query @ key.mT / 2).masked_fill(~mask, -torch.inf).softmax(-1)
-    expected = x + sees * torch.tensor(0.3).tanh() * attention.o_proj((scores @ value).transpose(1, 2).flatten(2))
-    expected = expected + sees * torch.tensor(-0.7).tanh() * block.feed_forward(expected)
+    expected = x + has_image * torch.tensor(0.3).tanh() * attention.o_proj((scores @ value).transpose(1, 2).flatten(2))
+    expected = expected + has_image * torch.tensor(-0.7).tanh() * block.feed_forward(expected)
     # Measured 2e-7 of values up to 3: the kernel sums in another order.
-    torch.testing.assert_close(block(x, VisualContext(states, mask, sees)), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(block(x, CrossAttentionInputs(states, mask, has_image)), expected, rtol=0, atol=2e-6)
 
 
 def test_all_weights_learn_once_the_gates_are_open_and_the_gates_before():
@@ -134,7 +134,7 @@ def test_a_block_before_every_second_layer():
     assert not torch.equal(first, second)
 
 
-# Whose images a position sees
+# Whose images a position reads
 
 
 def test_rows_of_a_batch_do_not_meet():

@@ -97,7 +97,7 @@ def imported(*arguments: str) -> set[str]:
 
 
 COMMANDS = ["quickstart", "fetch", "train", "eval", "ask", "anchors", "visualize", "stats", "demo", "connectors"]
-COMMANDS += ["bench", "reproduce"]
+COMMANDS += ["selectors", "bench", "reproduce"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -21,10 +21,20 @@ from acformer.connectors import CONNECTORS, Geometry, build_connector, list_conn
 from acformer.connectors.mlp import MLPConnector
 from acformer.errors import AcFormerError, DataError, UsageError
 from acformer.hf.build import build_model
-from acformer.lab.reproduce import execute, figure, run_plan
+from acformer.lab.reproduce import execute, figure, run_plan, runs
 from acformer.lab.reproduce.execute import Task, answer_loss
 from acformer.lab.reproduce.figure import draw_figure
-from acformer.lab.reproduce.plans import SCALES, TABLES, Plan, Row, Scale, Search, every_connector, plan_for
+from acformer.lab.reproduce.plans import (
+    SCALES,
+    TABLES,
+    Plan,
+    Row,
+    Scale,
+    Search,
+    chosen_rows,
+    every_connector,
+    plan_for,
+)
 from acformer.lab.reproduce.run_plan import reproduce
 from acformer.lab.reproduce.runs import Timing, cells_of, job_path, refuse_idle_overrides, row_options
 from acformer.lab.reproduce.schedule import run_tasks
@@ -587,14 +597,28 @@ def test_a_name_alone_is_the_same_plan_elsewhere():
 def test_tables_come_from_the_registries():
     from acformer.anchors.selectors import SELECTORS
 
-    assert [row.name for row in plan_for("table3", "cpu").rows] == list_connectors()
+    assert [row.name for row in plan_for("table3", "cpu").rows] == sorted([*list_connectors(), "random_pr"])
     rows = plan_for("table4", "gpu", seeds=5)
     assert rows.scale.seeds == 5
-    for connector in ("acformer", "top_p"):
+    for connector, other in (("acformer", {"random"}), ("direct", set())):  # acformer-random is random_pr
         options = [row.options for row in rows.rows if row.connector == connector]
-        assert {chosen["selector"] for chosen in options if "selector" in chosen} == set(SELECTORS)
+        selected = {chosen["selector"] for chosen in options if "selector" in chosen}
+        assert selected | other == {*SELECTORS, *SELECTORS.aliases}
+    assert "random_pr" in [row.name for row in rows.rows]
     assert "acformer-stochastic" in [row.name for row in rows.rows]
-    assert {row.connector for table in TABLES.values() for row in table.rows()} <= set(CONNECTORS)
+    rows = [row for table in TABLES.values() for row in table.rows()]
+    assert {CONNECTORS.resolve(row.connector).name for row in rows} <= set(CONNECTORS)
+    assert chosen_rows(plan_for("table3", "cpu"), ["top_p"]) == (Row("direct", "direct"),)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_records_of_connectors_by_their_former_names_are_recognised(table, monkeypatch):
+    """All that `results/` holds of the tables: nothing is trained again because it is called otherwise now."""
+    monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (12, 12), 1))
+    records = Path(__file__).parents[1].glob("results/*-cpu/*/*.json")
+    known = {json.loads(path.read_text())["fingerprint"] for path in records}
+    made = [run for cell in cells_of(plan_for(table, "cpu")) for run in cell.runs]
+    assert [job.name for run in made for job in (run, Timing(run), *run.trials) if job.fingerprint not in known] == []
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)

@@ -1,4 +1,7 @@
-"""What every selector keeps, and each of them on cases small enough to work out by hand."""
+"""What every selector keeps, and each of them on cases small enough to work out by hand.
+
+`-k NAME` runs the contract tests of one selector (`TestEvery`), and those that it has for itself.
+"""
 
 import pytest
 import torch
@@ -8,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from acformer.anchors.search import select_anchors_reference
-from acformer.anchors.selectors import SELECTORS, own_noise
+from acformer.anchors.selectors import SELECTORS, image_noise
 from acformer.connectors.base import Geometry
 from acformer.connectors.queries import SelectedQueries
 from acformer.errors import UsageError
 from acformer.vision.features import VisionFeatures
 
-every = pytest.mark.parametrize("name", SELECTORS)
-drawn = pytest.mark.parametrize("name", [name for name, selector in SELECTORS.items() if selector.sample is not None])
+every = pytest.mark.parametrize("name", SELECTORS.names())
+drawn = pytest.mark.parametrize("name", [name for name in SELECTORS.names() if SELECTORS[name].sample is not None])
 
 
 def features_of(
@@ -130,7 +133,7 @@ class TestEvery:
         half = features._replace(tokens=features.tokens.bfloat16(), cls_attention=features.cls_attention.bfloat16())
         assert is_a_choice(SELECTORS[name](half, 5), half, 5)
 
-    @pytest.mark.parametrize("name", ["anchors", "cls_topk", "diverse", "dominant_contextual", "norm"])
+    @pytest.mark.parametrize("name", ["anchors", "cls_topk", "diverse", "norm"])
     def test_nan_is_refused_by_the_name_of_what_holds_it(self, name):
         features = features_of(torch.randn(3, 30, 8))
         read = "features.patches" if name in ("diverse", "norm") else "cls_attention"
@@ -153,11 +156,18 @@ class TestEvery:
         assert is_a_choice(compiled(features), features, 30)
         torch.compiler.reset()
 
+    @every
+    def test_says_what_it_is(self, name):
+        assert 30 < len(SELECTORS[name].summary) < 120
+        assert SELECTORS[name].summary.endswith(".")
+
     def test_who_reads_the_row(self):
         features = features_of(torch.randn(2, 30, 8))._replace(cls_attention=None)
         for name in ("diverse", "grid", "norm", "random"):
+            assert not SELECTORS[name].needs_cls_attention
             assert is_a_choice(SELECTORS[name](features, 5), features, 5)
-        for name in ("anchors", "cls_topk", "dominant_contextual"):
+        for name in ("anchors", "cls_topk"):
+            assert SELECTORS[name].needs_cls_attention
             with pytest.raises(UsageError, match=r"no \[CLS\] attention.*: diverse, grid, norm, random"):
                 SELECTORS[name](features, 5)
 
@@ -240,15 +250,15 @@ class TestGrid:
 
 
 class TestRandom:
-    def test_the_picture_is_the_seed(self):
-        """Whatever else is in the batch, and whatever the state of torch's generator; other pictures, other patches."""
+    def test_the_image_is_the_seed(self):
+        """Whatever else is in the batch, and whatever the state of torch's generator; other images, other patches."""
         features = features_of(torch.randn(64, 100, 8))
         chosen = SELECTORS["random"](features, 10)
         assert torch.equal(SELECTORS["random"](images(features, [5, 60]), 10), chosen[[5, 60]])
         assert len({tuple(row) for row in chosen.tolist()}) == 64
 
     def test_the_last_digits_hardly_matter(self):
-        """They differ between batches of different sizes. Of 2,000 pictures, measured, 1 changes; 104 with 4e-3."""
+        """They differ between batches of different sizes. Of 2,000 images, measured, 1 changes; 104 with 4e-3."""
         generator = torch.Generator().manual_seed(0)
         features = features_of(torch.randn(2000, 100, 8, generator=generator))
         noise = torch.randn(features.tokens.shape, generator=generator)
@@ -258,7 +268,7 @@ class TestRandom:
 
     @pytest.mark.parametrize("draw", [SELECTORS["random"].select, SELECTORS["random"].sample], ids=["own", "drawn"])
     def test_every_patch_is_as_likely(self, draw):
-        """Shares of 100 patches among 10 of each of 10,000 pictures: mean 0.1, standard error 0.003."""
+        """Shares of 100 patches among 10 of each of 10,000 images: mean 0.1, standard error 0.003."""
         torch.manual_seed(0)
         chosen = draw(features_of(torch.randn(10_000, 100, 4)), 10)
         share = chosen.flatten().bincount(minlength=100) / 10_000
@@ -268,7 +278,7 @@ class TestRandom:
 
     def test_noise_is_uniform(self):
         torch.manual_seed(0)
-        noise = own_noise(features_of(torch.randn(1000, 100, 4))).flatten() / 2**24
+        noise = image_noise(features_of(torch.randn(1000, 100, 4))).flatten() / 2**24
         for power in (1, 2, 3):  # moments of the uniform distribution; standard errors below 0.001
             assert (noise**power).mean().item() == pytest.approx(1 / (power + 1), abs=0.004)
 

@@ -1,9 +1,10 @@
 """The progressive search as one Triton kernel: an image a program, all its heads in order (Sec. 3.3).
 
-No sort. A score becomes an integer of the same order; bisection over those integers finds the level that the quota-th
-best free patch stands on, counting at every step who reaches the middle; above that level all are taken, on it
-those of lowest index. Steps end as soon as exactly the quota is above, at most 32 a head. The free patches stay in
-registers from head to head, so scores are read once and the anchors written once, whatever the number of heads.
+No sort. A score becomes an integer of the same order, its key; bisection over the keys finds that of the quota-th best
+free patch, counting at every step how many reach the middle; patches of a greater key are taken, and of those with
+this very key the ones of lowest index. Steps end as soon as exactly the quota is above, at most 32 a head. The free
+patches stay in registers from head to head, so scores are read once and the anchors written once, whatever the number
+of heads.
 
 `select_anchors` comes here for CUDA tensors; `select_anchors_torch` gives the same answer everywhere, in 3 H launches.
 """
@@ -30,41 +31,41 @@ def progressive_search(  # type: ignore[no-untyped-def]
 ):
     """Anchors of image `program_id`: scores (B, H, N) of any strides -> anchors (B, num_anchors) int64, contiguous."""
     image = tl.program_id(0).to(tl.int64)
-    patch = tl.arange(0, BLOCK)
+    patch = tl.arange(0, BLOCK)  # a power of two; what lies beyond `num_patches` is never free
     inside = patch < num_patches
     free = inside
     for head in range(tl.minimum(num_heads, num_anchors)):
         quota = (num_anchors + num_heads - 1 - head) // num_heads
         row = scores + image * image_stride + head * head_stride
-        level = _levels(tl.load(row + patch * patch_stride, mask=inside, other=0.0), free)
-        threshold = _threshold(level, quota)
-        above = level > threshold
-        on_it = (level == threshold).to(tl.int32)
-        missing = quota - tl.sum(above.to(tl.int32), axis=0)
-        free = free & (level < threshold) | (on_it == 1) & (tl.cumsum(on_it, axis=0) > missing)
+        key = _sort_keys(tl.load(row + patch * patch_stride, mask=inside, other=0.0), free)
+        threshold = _threshold(key, quota)
+        above = key > threshold
+        tied = (key == threshold).to(tl.int32)
+        missing = quota - tl.sum(above.to(tl.int32), axis=0)  # so many of the tied are taken, the first ones
+        free = free & (key < threshold) | (tied == 1) & (tl.cumsum(tied, axis=0) > missing)
     chosen = (inside & ~free).to(tl.int32)
-    place = tl.cumsum(chosen, axis=0) - 1
-    tl.store(anchors + image * num_anchors + place, patch.to(tl.int64), mask=chosen == 1)
+    position = tl.cumsum(chosen, axis=0) - 1  # of a chosen patch among the chosen ones: raster order
+    tl.store(anchors + image * num_anchors + position, patch.to(tl.int64), mask=chosen == 1)
 
 
 @triton.jit
-def _levels(score, free):
+def _sort_keys(score, free):
     """Integers in the order of the scores; -0 equals 0, NaN is below all numbers, a taken patch below that."""
     score = score.to(tl.float32)
     bits = score.to(tl.int32, bitcast=True)
-    level = tl.where(bits < 0, LEAST - bits, bits)
-    level = tl.where(score == score, level, LEAST + 1)
-    return tl.where(free, level, LEAST)
+    key = tl.where(bits < 0, LEAST - bits, bits)
+    key = tl.where(score == score, key, LEAST + 1)
+    return tl.where(free, key, LEAST)
 
 
 @triton.jit
-def _threshold(level, quota):
-    """The greatest level that at least `quota` patches reach, or a lower one that the same patches reach."""
-    low, high = tl.min(tl.maximum(level, LEAST + 1), axis=0), tl.max(level, axis=0) + 1
+def _threshold(key, quota):
+    """The greatest key that at least `quota` patches reach, or a lower one that the same patches reach."""
+    low, high = tl.min(tl.maximum(key, LEAST + 1), axis=0), tl.max(key, axis=0) + 1
     reached = quota + 1
     while (low + 1 < high) & (reached != quota):
         middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
-        count = tl.sum((level >= middle).to(tl.int32), axis=0)
+        count = tl.sum((key >= middle).to(tl.int32), axis=0)
         enough = count >= quota
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)

@@ -3,7 +3,7 @@
 The paper's progressive search (Sec. 3.3, Fig. 3, Fig. 7) visits the heads in order; each takes its best-attended
 patches that no earlier head has taken. A joint top-k over the heads is a different set: the order matters.
 Two implementations with one signature: `select_anchors`, batched, for use (on a GPU with Triton a single kernel, see
-`selection_kernel`); `select_anchors_reference`, the paper's loop, never optimised, for the tests to compare with.
+`kernel.py`); `select_anchors_reference`, the paper's loop, never optimised, for the tests to compare with.
 
 Both differ from the authors' release in two points. They return exactly `num_anchors` patches (the release gives
 floor(num_anchors / H) * H; where H divides num_anchors the two agree index for index), and equal scores go to the
@@ -63,14 +63,15 @@ def select_anchors(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> I
 def select_anchors_torch(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tensor, "B A"]:
     """`select_anchors` out of torch operations: three a head, whatever the batch."""
     num_heads = cls_attention.shape[1]
-    keys = _keys(cls_attention)
+    keys = _sort_keys(cls_attention)  # (B, H, N)
     taken = torch.iinfo(keys.dtype).min
     anchors = []
+    # `split` gives views, so that a head sees in its (B, 1, N) row what the heads before it have marked as taken.
     for row, quota in zip(keys.split(1, dim=1), quotas(num_anchors, num_heads), strict=True):
-        best = row.topk(quota, sorted=False).indices
+        best = row.topk(quota, sorted=False).indices  # (B, 1, quota)
         keys.scatter_(2, best.expand(-1, num_heads, -1), taken)  # in every head's row: nobody takes a patch twice
         anchors.append(best)
-    return torch.cat(anchors, dim=-1).flatten(1).sort().values
+    return torch.cat(anchors, dim=-1).flatten(1).sort().values  # (B, 1, num_anchors) -> (B, num_anchors)
 
 
 def select_anchors_reference(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tensor, "B A"]:
@@ -95,19 +96,21 @@ def quotas(num_anchors: int, num_heads: int) -> list[int]:
     return [(num_anchors + num_heads - 1 - head) // num_heads for head in range(num_heads)]
 
 
-def _keys(scores: Float[Tensor, "B H N"]) -> Int[Tensor, "B H N"]:
+def _sort_keys(scores: Float[Tensor, "B H N"]) -> Int[Tensor, "B H N"]:
     """Distinct integers in the order of the scores, the lower index greater among equal ones, NaN least.
 
-    No sorting: the bits of a float, read as an integer, rise with a positive one and fall with a negative one.
+    `topk` promises nothing about equal scores; with these keys there are none. Without sorting: the bits of a float,
+    read as an integer, rise with a positive float and fall with a negative one.
     """
     num_patches = scores.shape[-1]
-    behind = torch.arange(0, -num_patches, -1, device=scores.device)
+    minus_index = torch.arange(0, -num_patches, -1, device=scores.device)  # (N,)
     if scores.dtype == torch.float64:  # 64 bits leave no room for the index beside them
         order = scores.detach().neg().argsort(dim=-1, stable=True)
-        return torch.empty_like(order).scatter_(-1, order, behind.expand_as(order))
+        return torch.empty_like(order).scatter_(-1, order, minus_index.expand_as(order))
     bits, least = scores.float().view(torch.int32), torch.iinfo(torch.int32).min
-    level = torch.where(bits < 0, least - bits, bits).masked_fill(scores.isnan(), least)
-    return torch.add(behind, level, alpha=num_patches)
+    # `least - bits` turns the order of the negative floats round, and maps -0.0, whose bits are `least`, to 0.
+    rank = torch.where(bits < 0, least - bits, bits).masked_fill(scores.isnan(), least)
+    return torch.add(minus_index, rank, alpha=num_patches)  # rank * N - index, in int64
 
 
 def _has_kernel(scores: Tensor) -> bool:
@@ -118,10 +121,16 @@ def _has_kernel(scores: Tensor) -> bool:
 def _check(cls_attention: Tensor, num_anchors: int) -> None:
     if cls_attention.ndim != 3:
         raise ValueError(f"cls_attention must be (batch, heads, patches), got {tuple(cls_attention.shape)}")
-    num_patches = cls_attention.shape[-1]
-    if not 1 <= num_anchors <= num_patches:
-        raise UsageError(f"num_anchors must be in 1..{num_patches} (the number of patches), got {num_anchors}")
+    check_num_anchors(num_anchors, cls_attention.shape[-1])
     refuse_nan(cls_attention, "cls_attention")
+
+
+def check_num_anchors(num_anchors: int, num_patches: int, num_left: int = 0) -> None:
+    """`UsageError` unless an image of `num_patches` has `num_anchors` to choose and `num_left` beside them."""
+    most = num_patches - num_left
+    if not 1 <= num_anchors <= most:
+        less = f" less {num_left}" if num_left else ""
+        raise UsageError(f"num_anchors must be in 1..{most} (the number of patches{less}), got {num_anchors}")
 
 
 def refuse_nan(values: Tensor, name: str) -> None:

@@ -9,17 +9,18 @@ index, the result is in raster order, and nothing waits for the device (on the C
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from acformer.anchors.search import refuse_nan, select_anchors
+from acformer.anchors.search import check_num_anchors, refuse_nan, select_anchors
 from acformer.errors import UsageError
-from acformer.registry import Registry
+from acformer.registry import Alias, Registry
 from acformer.vision.features import VisionFeatures
 
 Select = Callable[[VisionFeatures, int], Tensor]
@@ -30,16 +31,16 @@ Scores = Callable[[VisionFeatures], Tensor]
 class Selector:
     """A way to choose `num` patches of every image: (features, num) -> (B, num) int64 indices, ascending, distinct.
 
+    summary: what it chooses by, in one line.
     select: the choice that depends on the image alone, whatever else is in the batch.
     sample: its random counterpart, another choice in every call; None where there is nothing to draw.
-    redraws: sample while training without being asked to.
-    contextual: share of an image's visual tokens that are means of the patches which were not chosen (VisionZip).
+    samples_in_training: draw while training without being asked to.
     """
 
+    summary: str
     select: Select
     sample: Select | None = None
-    redraws: bool = False
-    contextual: float = 0.0
+    samples_in_training: bool = False
 
     def __call__(self, features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
         """`select`.
@@ -50,22 +51,46 @@ class Selector:
         """
         return self.select(features, num)
 
+    @property
+    def drawn(self) -> str:
+        """Whether it draws at random while training: `always`, `if asked` (`stochastic_anchors`) or `no`."""
+        return "always" if self.samples_in_training else "if asked" if self.sample else "no"
+
+    @property
+    def needs_cls_attention(self) -> bool:
+        """Whether it refuses an encoder that gives none."""
+        nothing = torch.zeros(1, 2, 1, device="meta")
+        return refuses_no_cls_attention(lambda features: self(features, 1), VisionFeatures(nothing, None, (1, 2), 0))
+
 
 def by_score(scores: Scores) -> Selector:
-    """The patches with the best scores (B, H, N) >= 0, as the progressive search takes them from H rows."""
+    """The patches with the best scores (B, H, N) >= 0, as the progressive search takes them from H rows.
+
+    The first line of the function's docstring is the selector's summary.
+    """
 
     def select(features: VisionFeatures, num: int) -> Tensor:
         return select_anchors(scores(features), num)
 
     def sample(features: VisionFeatures, num: int) -> Tensor:
         known = scores(features)
+        # exponential noise: score / noise has the order of log score + Gumbel noise
         return select_anchors(known / torch.empty_like(known, dtype=torch.float32).exponential_(), num)
 
-    return Selector(select, sample)
+    return Selector((scores.__doc__ or "").partition("\n")[0], select, sample)
+
+
+def refuses_no_cls_attention(read: Callable[[VisionFeatures], Any], features: VisionFeatures) -> bool:
+    """Whether `read` raises `UsageError` for features of an encoder that gives no [CLS] attention."""
+    try:
+        read(features._replace(cls_attention=None))
+    except UsageError:
+        return True
+    return False
 
 
 def cls_attention(features: VisionFeatures) -> Float[Tensor, "B H N"]:
-    """A, the [CLS] attention per head: with the search, the paper's visual anchors (Sec. 3.3)."""
+    """The [CLS] attention of each head: searched head by head, the paper's visual anchors (Sec. 3.3)."""
     if features.cls_attention is None:
         raise UsageError(
             "this encoder gives no [CLS] attention, so it has no anchors; a selector that does not read it: "
@@ -75,37 +100,38 @@ def cls_attention(features: VisionFeatures) -> Float[Tensor, "B H N"]:
 
 
 def mean_cls_attention(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
-    """The mean of A over heads: one joint top-k, as EViT, VisionZip and most others have it."""
+    """The [CLS] attention's mean over heads: a top-k, as EViT, VisionZip and most others have it."""
     return cls_attention(features).mean(dim=1, keepdim=True)
 
 
 def norms(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
-    """The L2 norm of every patch's R_v, in float32."""
+    """The L2 norm of every patch's features, in float32."""
     lengths = features.patches.detach().float().norm(dim=-1)
     refuse_nan(lengths, "features.patches")
     return lengths.unsqueeze(1)
 
 
-def equal(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
+def uniform(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
     """1 for every patch: what is drawn from it is a uniformly random set."""
     return features.patches.new_ones(features.patches.shape[:2], dtype=torch.float32).unsqueeze(1)
 
 
-def own_noise(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
-    """Uniform noise whose seed is the picture: the patches at which its first four channels peak.
+def image_noise(features: VisionFeatures) -> Float[Tensor, "B 1 N"]:
+    """Uniform noise whose seed is the image: the patches at which its first four channels peak.
 
-    Places of maxima, not bits, so that the last digit, in which batches of another size differ, seldom matters.
+    The places of maxima and not, say, the bits of the features: these differ in the last digit between batches of
+    different sizes, and the same image would have other patches.
     """
     num_patches = features.patches.shape[1]
-    seed = features.patches.new_zeros(features.patches.shape[0], 1, dtype=torch.int64)
-    for peak in features.patches[..., :4].argmax(dim=1).split(1, dim=1):
-        seed = _scramble(seed * num_patches + peak)
-    places = torch.arange(num_patches, device=seed.device)
-    bits = _scramble(_scramble(seed + 0x9E3779B1 * places)).unsqueeze(1)
+    seed = features.patches.new_zeros(features.patches.shape[0], 1, dtype=torch.int64)  # (B, 1)
+    for peak in features.patches[..., :4].argmax(dim=1).split(1, dim=1):  # (B, 4) in columns of (B, 1)
+        seed = _hash(seed * num_patches + peak)
+    index = torch.arange(num_patches, device=seed.device)
+    bits = _hash(_hash(seed + 0x9E3779B1 * index)).unsqueeze(1)  # (B, N) -> (B, 1, N)
     return (bits >> 7).float()  # 24 bits, all of which float32 holds
 
 
-def _scramble(x: Tensor) -> Tensor:
+def _hash(x: Tensor) -> Tensor:
     """A permutation of the integers below 2^31 that looks random (xor-shift, multiply); nothing overflows."""
     x = x & 0x7FFFFFFF
     return (x ^ (x >> 16)) * 0x45D9F3B & 0x7FFFFFFF
@@ -118,15 +144,15 @@ def spread_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     its c points, c differing by at most 1 from row to row, at floor((j + 1/2) w / c).
     """
     h, w = features.grid
-    check_num(num, h * w)
+    check_num_anchors(num, h * w)
     rows = min(max(round(sqrt(num * h / w)), -(-num // w)), num, h)
-    point = torch.arange(num, device=features.tokens.device)
+    point = torch.arange(num, device=features.tokens.device)  # (num,), as all that follows
     row = ((point + 1) * rows - 1) // num
-    first = row * num // rows
-    count = (row + 1) * num // rows - first
+    first = row * num // rows  # point of its row
+    count = (row + 1) * num // rows - first  # points in its row
     y = (2 * row + 1) * h // (2 * rows)
     x = (2 * (point - first) + 1) * w // (2 * count)
-    return (y * w + x).expand(features.tokens.shape[0], -1)
+    return (y * w + x).expand(features.tokens.shape[0], -1)  # (num,) -> (B, num)
 
 
 def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
@@ -138,17 +164,18 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     is no number would win every comparison, and its patch be chosen again and again.
     """
     batch, num_patches, _ = features.patches.shape
-    check_num(num, num_patches)
+    check_num_anchors(num, num_patches)
     refuse_nan(features.patches, "features.patches")
     patches = F.normalize(features.patches.detach().float().nan_to_num(), dim=-1)
     self_pairs = torch.eye(num_patches, dtype=torch.bool, device=patches.device)
-    with unrounded(patches.device):
-        distance = 1 - patches @ patches.mT
-    nearest = distance.masked_fill(self_pairs, torch.inf).amin(dim=-1)
-    best = nearest.argmax(dim=-1, keepdim=True)
+    with without_autocast(patches.device):
+        distance = 1 - patches @ patches.mT  # (B, N, N)
+    nearest = distance.masked_fill(self_pairs, torch.inf).amin(dim=-1)  # (B, N)
+    best = nearest.argmax(dim=-1, keepdim=True)  # (B, 1)
     chosen, distance = [best], distance.masked_fill(self_pairs, -torch.inf)  # -inf: never chosen again
     nearest = torch.full_like(nearest, torch.inf)
     for _ in range(num - 1):
+        # (B, N) distances to the patch that was chosen last
         row = distance.gather(1, best.unsqueeze(-1).expand(batch, 1, num_patches)).squeeze(1)
         nearest = nearest.minimum(row)
         best = nearest.argmax(dim=-1, keepdim=True)
@@ -156,19 +183,10 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
-def unrounded(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Where products of matrices keep their dtype: autocast would round them, and so change what is chosen."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
-
-def check_num(num: int, num_patches: int) -> None:
-    """`UsageError` unless an image of `num_patches` has `num` to choose."""
-    if not 1 <= num <= num_patches:
-        raise UsageError(f"num_anchors must be in 1..{num_patches} (the number of patches), got {num}")
-
-
-# 10 of 64, 20 of 128, 30 of 192: VisionZip's settings for LLaVA-1.5 (Yang et al. 2025).
-CONTEXTUAL = 5 / 32
 
 SELECTORS = Registry[Selector](
     "selector",
@@ -176,10 +194,17 @@ SELECTORS = Registry[Selector](
     {
         "anchors": by_score(cls_attention),
         "cls_topk": by_score(mean_cls_attention),
-        "diverse": Selector(farthest_points),
-        "dominant_contextual": replace(by_score(mean_cls_attention), contextual=CONTEXTUAL),
-        "grid": Selector(spread_points),
+        "diverse": Selector("Patches as unlike each other as a greedy search finds them (DivPrune).", farthest_points),
+        "grid": Selector("Points spread evenly over the grid, the same for every image.", spread_points),
         "norm": by_score(norms),
-        "random": Selector(by_score(own_noise).select, by_score(equal).sample, redraws=True),
+        "random": Selector(
+            "Random patches, drawn anew while training; in evaluation the image is the seed.",
+            by_score(image_noise).select,
+            by_score(uniform).sample,
+            samples_in_training=True,
+        ),
     },
+    # VisionZip (Yang et al. 2025) chooses as `cls_topk` does. What it adds, tokens that are means of the other patches
+    # (10 of 64, 20 of 128, 30 of 192 for LLaVA-1.5), is made by `SelectedQueries`, whose option this sets.
+    aliases={"dominant_contextual": Alias("cls_topk", {"contextual": 5 / 32})},
 )

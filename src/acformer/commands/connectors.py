@@ -12,12 +12,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """Two lines a connector: what it does, its options with their defaults."""
-    from acformer.connectors import CONNECTORS, connector_options, list_connectors
+    from acformer.connectors import CONNECTORS, connector_options
 
-    names: list[str] = list_connectors()
-    width, lines = max(map(len, names)), list[str]()
-    for name in names:
+    def describe(name: str) -> tuple[str, str]:
         options = ", ".join(f"{key}={value}" for key, value in connector_options(name).items())
-        idea = (CONNECTORS[name].__doc__ or "").strip().partition("\n")[0]
-        lines += [f"{name:<{width}} {idea}", f"{'':<{width}} {options}".rstrip()]
-    return "\n".join(lines)
+        return (CONNECTORS[name].__doc__ or "").strip().partition("\n")[0], options
+
+    return CONNECTORS.listing(describe)

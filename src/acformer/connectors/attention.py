@@ -33,12 +33,13 @@ class MultiHeadAttention(nn.Module):
         self, query: Float[Tensor, "B T D"], key: Float[Tensor, "B L D"], value: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B T D"]:
         """(B, T, D), (B, L, D), (B, L, D) -> (B, T, D)."""
-        query, key, value = self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        mixed = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        query = self._split_heads(self.q_proj(query))
+        key, value = self._split_heads(self.k_proj(key)), self._split_heads(self.v_proj(value))
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, H, T, d)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d), H d = D
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, H, L, d)
 
 
 def check_divisible(dim: int, num_heads: int) -> int:

@@ -1,7 +1,9 @@
 """What every connector is: `VisionFeatures` in, T visual tokens of the language model's width out."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,18 +28,27 @@ class Geometry(NamedTuple):
         """N = h * w."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def num_cls(self) -> int:
+        """1, or 0 where the encoder has no [CLS]; further prefix tokens are registers."""
+        return min(1, self.num_prefix_tokens)
+
 
 class Connector(nn.Module, ABC):
     """Base of all connectors.
 
-    A subclass takes `(geometry, *, its own keyword arguments)`, tells its `num_tokens` and implements `aggregate`.
-    `elastic` says that its weights do not depend on the number of tokens, so a caller may ask for another one.
-    `hidden_layers`: indices into the encoder's `hidden_states` of what it reads beside the feature layer, none above it
+    A subclass takes `(geometry, *, its own keyword arguments)`, says its `num_tokens` and implements `aggregate`. The
+    first line of its docstring is its line in the tables.
+
+    elastic: its weights do not depend on the number of tokens, so a caller may ask for another one.
+    hidden_layers: indices into the encoder's `hidden_states` of what it reads beside the feature layer, none above it
     (they come in `VisionFeatures.hidden_layers`).
+    former_options: names that its options once had, and those that they have now; configs may still hold them.
     """
 
     elastic = False
     hidden_layers: tuple[int, ...] = ()
+    former_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, geometry: Geometry):
         super().__init__()
@@ -66,11 +77,15 @@ class Connector(nn.Module, ABC):
         """Features of one image in the shapes that this connector reads, all zeros."""
         sizes, like, (h, w) = self.geometry, next(self.parameters()), self.input_grid
         tokens = like.new_zeros(1, sizes.num_prefix_tokens + h * w, sizes.vision_hidden_size)
+        # (1, P+N, D) -> (1, K, P+N, D)
         hidden_layers = tokens.unsqueeze(1).repeat(1, len(self.hidden_layers), 1, 1) if self.hidden_layers else None
         return VisionFeatures(tokens, like.new_zeros(1, 1, h * w), (h, w), sizes.num_prefix_tokens, hidden_layers)
 
     def zero_loss(self) -> Float[Tensor, ""]:
-        """0, as a function of every weight: a step without pictures stays differentiable, and in step on all ranks."""
+        """0, as a function of every weight.
+
+        Added to the loss of a step without images: every weight has a gradient then, as distributed training expects.
+        """
         return 0 * self(self.zero_features()).sum()
 
     def forward(self, features: VisionFeatures, num_tokens: int | None = None) -> Float[Tensor, "B T E"]:

@@ -29,13 +29,14 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "B 1 T L"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all."""
-        query = self._heads(self.q_proj(self.norm_queries(queries)))
-        key, value = self.kv_proj(self.norm_features(features)).chunk(2, dim=-1)
-        mixed = F.scaled_dot_product_attention(query, self._heads(key), self._heads(value), attn_mask=mask)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        query = self._split_heads(self.q_proj(self.norm_queries(queries)))
+        key, value = self.kv_proj(self.norm_features(features)).chunk(2, dim=-1)  # (B, L, H d) each
+        key, value = self._split_heads(key), self._split_heads(value)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, H, T, d)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, H d) -> (B, H, L, d)
 
 
 class FeedForward(nn.Sequential):
@@ -66,7 +67,7 @@ class CrossAttentionLayer(nn.Module):
 
 
 class CrossAttentionStack(nn.Module):
-    """`depth` layers of eq. 4-5 and a final LayerNorm: what `acformer`, `perceiver` and their kin share.
+    """`depth` layers of eq. 4-5 and a final LayerNorm: what `acformer`, `perceiver` and their like share.
 
     The paper: depth 6, 8 heads of 64. Its text gives a feed-forward width of 2048 at D = 1024 (`ff_mult=2`); the
     release, which produced the numbers, has 4096 (`ff_mult=4`, the default).

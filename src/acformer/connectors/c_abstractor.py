@@ -1,4 +1,4 @@
-"""`c_abstractor`: Honeybee's convolutional abstractor, a baseline of the paper (Table 3)."""
+"""`c_abstractor`: convolutions before and after an average pool, a baseline of the paper (Table 3)."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,11 +12,12 @@ from acformer.vision.features import VisionFeatures
 
 
 class CAbstractorConnector(GridConnector):
-    """Proj(Stage_2(Pool(Stage_1(patches)))): RegNet stages around an average pool to T = h' x w' tokens.
+    """Honeybee's convolutional abstractor: RegNet stages around an average pool, a baseline of Table 3.
 
-    Prefix tokens are dropped. No weight depends on T, so one checkpoint serves any budget that has a layout. Source:
-    Honeybee (Cha et al., arXiv 2312.06742) as in AcFormer's release: without Honeybee's learned positions on the
-    patches, and read out by LLaVA's projector, with GELU where Honeybee has SiLU.
+    Proj(Stage_2(Pool(Stage_1(patches)))), pooled to T = h' x w' tokens. Prefix tokens are dropped. No weight
+    depends on T, so one checkpoint serves any budget that has a layout. Source: Honeybee (Cha et al., arXiv
+    2312.06742) as in AcFormer's release: without Honeybee's learned positions on the patches, and read out by
+    LLaVA's projector, with GELU where Honeybee has SiLU.
     """
 
     elastic = True
@@ -33,6 +34,7 @@ class CAbstractorConnector(GridConnector):
 
     def abstract(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T D"]:
         """What the release calls C-Abstractor, before the projector: (B, N, D) -> (B, T, D)."""
-        image = self.stage1(features.patches.unflatten(1, features.grid))
+        image = self.stage1(features.patches.unflatten(1, features.grid))  # (B, N, D) -> (B, h, w, D)
+        # Pooling wants channels first, the stages want them last: (B, D, h, w) -> (B, D, h', w') -> (B, h', w', D)
         pooled = F.adaptive_avg_pool2d(image.movedim(-1, 1), self.layout_of(num_tokens)).movedim(1, -1)
-        return self.stage2(pooled).flatten(1, 2)
+        return self.stage2(pooled).flatten(1, 2)  # (B, h', w', D) -> (B, T, D)

@@ -1,4 +1,4 @@
-"""`d_abstractor`: Honeybee's deformable abstractor, which the paper names beside the C-Abstractor."""
+"""`d_abstractor`: pooled patches look around themselves; the paper names it beside the C-Abstractor."""
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,15 @@ from acformer.vision.features import VisionFeatures
 
 
 class DAbstractorConnector(GridConnector):
-    """Proj of T = h' x w' pooled patches that went through `depth` layers of deformable attention to all patches.
+    """Honeybee's deformable abstractor: each token looks at a few points around its own region.
 
-    Each query begins as the average patch of its cell, has a learned position, and looks around a learned reference
-    point that begins at the centre of the cell. Source: Honeybee (Cha et al., arXiv 2312.06742), "v-pooled" queries
-    and manually set reference points, on Deformable DETR's layers (6 layers, 4 points a head). Differs from the
-    release in reference points at the cells' centres, where it spreads them from the first patch to the last; in
-    having no learned positions on the patches; in reading out by LLaVA's projector, not one Linear. Not elastic:
-    positions and reference points are weights of one layout.
+    Proj of T = h' x w' pooled patches that went through `depth` layers of deformable attention. Each query begins
+    as the average patch of its cell, has a learned position, and looks around a learned reference point that begins
+    at the centre of the cell. Source: Honeybee (Cha et al., arXiv 2312.06742), "v-pooled" queries and manually set
+    reference points, on Deformable DETR's layers (6 layers, 4 points a head). Differs from the release in reference
+    points at the cells' centres, where it spreads them from the first patch to the last; in having no learned
+    positions on the patches; in reading out by LLaVA's projector, not one Linear. Not elastic: positions and
+    reference points are weights of one layout.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class DAbstractorConnector(GridConnector):
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, N, D) -> (B, T, E)."""
         patches, grid = features.patches, features.grid
-        queries = F.adaptive_avg_pool2d(patches.mT.unflatten(-1, grid), self.layout).flatten(2).mT
-        points = uniform_points(self.layout, patches.device) + self.shifts
+        image = patches.mT.unflatten(-1, grid)  # (B, N, D) -> (B, D, h, w)
+        queries = F.adaptive_avg_pool2d(image, self.layout).flatten(2).mT  # (B, D, h', w') -> (B, T, D)
+        points = uniform_points(self.layout, patches.device) + self.shifts  # (T, 2)
         for layer in self.layers:
             queries = layer(queries, self.positions, points, patches, grid)
         return self.projector(queries)

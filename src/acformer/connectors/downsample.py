@@ -1,4 +1,4 @@
-"""`downsample`: the image itself made smaller before the encoder, then LLaVA's MLP over every patch that is left.
+"""`downsample`: a smaller image, and then every patch of it.
 
 The baseline that a designed connector must beat: it is the only one that spares the encoder's work as well. Unlike
 every other connector it reads features of `input_grid`, not of the geometry's grid.
@@ -15,11 +15,12 @@ from acformer.vision.features import VisionFeatures
 
 
 class DownsampleConnector(GridConnector):
-    """Proj(Encoder(resize(I))): an image of h' x w' patches, T = h' w', [CLS] and registers dropped.
+    """The image itself is made smaller before the encoder, then LLaVA's MLP takes every patch that is left.
 
-    (h', w') is what `token_grid` makes of `num_tokens`, so the aspect changes as little as T allows (144 of 24 x 24:
-    12 x 12, an image of 168 px for CLIP's 336). The model shrinks the pixels that the image processor made (bicubic,
-    antialias), and the encoder interpolates its position embedding; a picture resized once from its file would keep
+    Proj(Encoder(resize(I))): an image of h' x w' patches, T = h' w', [CLS] and registers dropped. (h', w') is what
+    `token_grid` makes of `num_tokens`, so the aspect changes as little as T allows (144 of 24 x 24: 12 x 12, an
+    image of 168 px for CLIP's 336). The model shrinks the pixels that the image processor made (bicubic,
+    antialias), and the encoder interpolates its position embedding; an image resized once from its file would keep
     slightly more.
     """
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from acformer.anchors.selectors import unrounded
+from acformer.anchors.selectors import without_autocast
 
 
 def take(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
@@ -23,16 +23,17 @@ def merge_rest(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"], num: 
     a token is the mean of a target and those that joined it. Differs from VisionZip in comparing R_v, not the
     encoder's keys, which do not leave it; its release adds the mean of those that joined to the target.
     """
-    size = patches.shape[1] - index.shape[1]
-    free = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device).scatter(1, index, 0)
-    rest = take(patches, free.argsort(dim=-1, descending=True, stable=True)[:, :size])
-    target = torch.arange(num, device=patches.device) * size // num
+    size = patches.shape[1] - index.shape[1]  # N - K
+    free = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device).scatter(1, index, 0)  # (B, N)
+    # Sorting the ones first, in order, gives their indices without waiting for the device, as `nonzero` would.
+    rest = take(patches, free.argsort(dim=-1, descending=True, stable=True)[:, :size])  # (B, N-K, D)
+    target = torch.arange(num, device=patches.device) * size // num  # (M,), the same places in every image's rest
     unit = F.normalize(rest.float(), dim=-1)
-    joins_itself = torch.arange(size, device=patches.device).unsqueeze(-1) == target
-    with unrounded(patches.device):
-        similarity = (unit @ unit[:, target].mT).masked_fill(joins_itself, torch.inf)
-        members = F.one_hot(similarity.argmax(dim=-1), num).mT.float()
-        return (members @ rest.float() / members.sum(dim=-1, keepdim=True)).to(patches.dtype)
+    joins_itself = torch.arange(size, device=patches.device).unsqueeze(-1) == target  # (N-K, M)
+    with without_autocast(patches.device):
+        similarity = (unit @ unit[:, target].mT).masked_fill(joins_itself, torch.inf)  # (B, N-K, M)
+        members = F.one_hot(similarity.argmax(dim=-1), num).mT.float()  # (B, M, N-K)
+        return (members @ rest.float() / members.sum(dim=-1, keepdim=True)).to(patches.dtype)  # (B, M, D)
 
 
 def fuse_rest(
@@ -42,7 +43,7 @@ def fuse_rest(
 
     Differs from EViT in dividing by the weights' sum, so that the token is as long as the others.
     """
-    weight = weight.float().scatter(1, index, 0).unsqueeze(1)
-    total = weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    with unrounded(patches.device):
-        return (weight / total @ patches.float()).to(patches.dtype)
+    weight = weight.float().scatter(1, index, 0).unsqueeze(1)  # (B, N) -> (B, 1, N), 0 at the chosen ones
+    total = weight.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)  # no attention at all: not 0 / 0
+    with without_autocast(patches.device):
+        return (weight / total @ patches.float()).to(patches.dtype)  # (B, 1, D)

@@ -1,4 +1,4 @@
-"""`mlp`: LLaVA-1.5's connector. Every patch becomes a visual token; the baseline that costs the most."""
+"""`mlp` and `linear`, LLaVA's own connectors: every patch becomes a visual token; the baselines that cost the most."""
 
 from typing import ClassVar
 
@@ -11,9 +11,10 @@ from acformer.vision.features import VisionFeatures
 
 
 class MLPConnector(Connector):
-    """Proj(R_v): the N patches, one token each; with `include_prefix` [CLS] and registers too.
+    """LLaVA-1.5's connector: every patch becomes a visual token, by a two-layer MLP.
 
-    LLaVA-1.5 drops [CLS] (576 tokens of CLIP-L/14-336, the default here); the paper counts 577 (`include_prefix`).
+    Proj(R_v): the N patches, one token each; with `include_prefix` [CLS] and registers too. LLaVA-1.5 drops [CLS]
+    (576 tokens of CLIP-L/14-336, the default here); the paper counts 577 (`include_prefix`).
     """
 
     projector_type: ClassVar[type[nn.Module]] = Projector
@@ -31,3 +32,12 @@ class MLPConnector(Connector):
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, N, D) -> (B, N, E)."""
         return self.projector(features.tokens if self.include_prefix else features.patches)
+
+
+class LinearConnector(MLPConnector):
+    """The first LLaVA's connector: every patch becomes a visual token, by one matrix.
+
+    W R_v + b: as `mlp`, with Linear(D, E) alone (Liu et al. 2023).
+    """
+
+    projector_type = nn.Linear

@@ -40,8 +40,8 @@ def split_blocks(
 ) -> Float[Tensor, "B T S C"]:
     """(B, N, C) -> (B, T, S, C): T blocks of S patches, blocks in raster order and patches within one too."""
     (h, w), (rows, cols) = grid, block
-    image = patches.unflatten(1, (h // rows, rows, w // cols, cols))
-    return image.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    image = patches.unflatten(1, (h // rows, rows, w // cols, cols))  # (B, h/r, r, w/c, c, C)
+    return image.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h/r, w/c, r, c, C) -> (B, T, S, C)
 
 
 def _count(block: tuple[int, int], grid: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""`pixel_shuffle`: neighbouring patches side by side in one token (space to depth), as in InternVL and Idefics."""
+"""`pixel_shuffle`: space to depth, as in InternVL and Idefics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,11 @@ from acformer.vision.features import VisionFeatures
 
 
 class PixelShuffleConnector(Connector):
-    """Proj of the k_h x k_w patches of a block, row by row in one vector of k_h k_w D: T = N / (k_h k_w).
+    """Neighbouring patches side by side in one token (space to depth): nothing is dropped before the first matrix.
 
-    Nothing is lost before the first matrix; prefix tokens are dropped. Differs from InternVL 1.5 (Chen et al. 2024)
-    in having no LayerNorm before the MLP, from Idefics3 (Laurençon et al. 2024) in having an MLP, there one matrix.
+    Proj of the k_h x k_w patches of a block, row by row in one vector of k_h k_w D: T = N / (k_h k_w); prefix
+    tokens are dropped. Differs from InternVL 1.5 (Chen et al. 2024) in having no LayerNorm before the MLP, from
+    Idefics3 (Laurençon et al. 2024) in having an MLP, there one matrix.
 
     Args:
         geometry: where it stands.
@@ -41,4 +42,5 @@ class PixelShuffleConnector(Connector):
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, N, D) -> (B, T, k_h k_w D) -> (B, T, E)."""
-        return self.projector(split_blocks(features.patches, features.grid, self.block).flatten(2))
+        blocks = split_blocks(features.patches, features.grid, self.block)  # (B, T, k_h k_w, D)
+        return self.projector(blocks.flatten(2))

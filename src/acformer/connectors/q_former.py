@@ -1,4 +1,4 @@
-"""`q_former`: BLIP-2's querying transformer, which the paper names beside the Perceiver Resampler."""
+"""`q_former`: the querying transformer, which the paper names beside the Perceiver Resampler."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from acformer.vision.features import VisionFeatures
 
 
 class QFormerConnector(Connector):
-    """W Q-Former(queries, R_v) + b: learned queries, the same for every image, in a BERT that also reads the image.
+    """BLIP-2's Q-Former: learned queries, the same for every image, in a BERT that also reads the image.
 
-    `depth` layers of self-attention among the queries and a feed-forward network, norms after the sums; every
-    `cross_attention_frequency`-th, from the first on, cross-attends all tokens, prefix included. Source: BLIP-2 (Li
-    et al., arXiv 2301.12597) by transformers' own `Blip2QFormerModel`, whose weights load as they are. Differs in
-    having no dropout (BLIP-2: 0.1), no final LayerNorm of the encoder before it, and no stage of its own that
-    aligns it with text: it starts as BERT does, normal with deviation 0.02.
+    W Q-Former(queries, R_v) + b. `depth` layers of self-attention among the queries and a feed-forward network,
+    norms after the sums; every `cross_attention_frequency`-th, from the first on, cross-attends all tokens, prefix
+    included. Source: BLIP-2 (Li et al., arXiv 2301.12597) by transformers' own `Blip2QFormerModel`, whose weights
+    load as they are. Differs in having no dropout (BLIP-2: 0.1), no final LayerNorm of the encoder before it, and
+    no stage of its own that aligns it with text: it starts as BERT does, normal with deviation 0.02.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class QFormerConnector(Connector):
         self.queries = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.q_former = Blip2QFormerModel(config)
         self.projector = nn.Linear(hidden_size, geometry.text_hidden_size)
-        self._start()
+        self._init_weights()
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class QFormerConnector(Connector):
         """As many as there are queries."""
         return self.queries.shape[0]
 
-    def _start(self) -> None:
+    def _init_weights(self) -> None:
         """Queries and the Q-Former's Linears normal, biases 0."""
         std = self.q_former.config.initializer_range
         nn.init.normal_(self.queries, std=std)
@@ -71,5 +71,5 @@ class QFormerConnector(Connector):
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, P+N, D) -> (B, T, E)."""
-        queries = self.queries.expand(features.tokens.shape[0], -1, -1)
+        queries = self.queries.expand(features.tokens.shape[0], -1, -1)  # (T, 768) -> (B, T, 768)
         return self.projector(self.q_former(queries, encoder_hidden_states=features.tokens).last_hidden_state)

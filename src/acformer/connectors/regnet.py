@@ -36,13 +36,13 @@ class RegNetBlock(nn.Module):
     def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         """(B, h, w, C) -> (B, h, w, C)."""
         y = F.silu(self.norm1(self.linear1(x)))
-        y = self.depthwise(y.movedim(-1, 1)).movedim(1, -1)
+        y = self.depthwise(y.movedim(-1, 1)).movedim(1, -1)  # channels first for the convolution alone
         y = self.squeeze_excite(F.silu(self.norm2(y)))
         return F.silu(x + self.norm3(self.linear3(y)))
 
 
 class SqueezeExcite(nn.Module):
-    """x * sigmoid(W_2 SiLU(W_1 mean(x) + b_1) + b_2), the mean over all places (Hu et al., 2018, with SiLU)."""
+    """x * sigmoid(W_2 SiLU(W_1 mean(x) + b_1) + b_2), the mean over the whole image (Hu et al., 2018, with SiLU)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -51,4 +51,4 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Float[Tensor, "B h w C"]) -> Float[Tensor, "B h w C"]:
         """(B, h, w, C) -> (B, h, w, C)."""
-        return x * self.linear2(F.silu(self.linear1(x.mean((1, 2), keepdim=True)))).sigmoid()
+        return x * self.linear2(F.silu(self.linear1(x.mean((1, 2), keepdim=True)))).sigmoid()  # mean: (B, 1, 1, C)

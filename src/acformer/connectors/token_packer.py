@@ -1,9 +1,10 @@
-"""`token_packer`: each token is a coarse look at the image that reads its own region, at several depths.
+"""`token_packer`: coarse tokens that read their own regions; not in the paper.
 
-The strongest rival under the same recipe by its authors' table; not in the paper.
+By its authors' table the strongest rival under the same recipe.
 """
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,12 +20,13 @@ from acformer.vision.features import VisionFeatures
 
 
 class TokenPackerConnector(Connector):
-    """Proj(Attn(LN(W_q down(R)), LN(MLP_k(M)), LN(MLP_v(M)))), where a token attends its own s x s patches alone.
+    """Each token is a coarse view of the image that attends to its own region, at several depths of the encoder.
 
-    down(R): the feature layer's patches, bilinearly shrunk by the scale s; for s = 2 the mean of the four. M: the
-    same patches at all `hidden_layers`, side by side (K D wide). T = N / s^2: 144 of 24 x 24 patches for s = 2. Source:
-    TokenPacker (Li et al., arXiv 2407.02392) as released, where queries are not added to what they read; it also
-    starts as there. Differs in taking any scale, also one for rows and one for columns, and any hidden_layers.
+    Proj(Attn(LN(W_q down(R)), LN(MLP_k(M)), LN(MLP_v(M)))), where a token attends to its own s x s patches alone.
+    down(R): the feature layer's patches, bilinearly shrunk by the scale s; for s = 2 the mean of the four. M: the same
+    patches at all `hidden_layers`, side by side (K D wide). T = N / s^2: 144 of 24 x 24 patches for s = 2. Source:
+    TokenPacker (Li et al., arXiv 2407.02392) as released, where queries are not added to what they read; its weights
+    start as there. Differs in taking any scale, also one for rows and one for columns, and any hidden_layers.
 
     Args:
         geometry: where it stands.
@@ -38,6 +40,8 @@ class TokenPackerConnector(Connector):
         without the hidden_layers.
     """
 
+    former_options = MappingProxyType({"levels": "hidden_layers"})
+
     def __init__(
         self,
         geometry: Geometry,
@@ -48,16 +52,16 @@ class TokenPackerConnector(Connector):
     ):
         super().__init__(geometry)
         self.block = as_block("scale", scale, geometry.grid)
-        self.hidden_layers = _as_hidden_layers(hidden_layers)
+        self.hidden_layers = tuple(hidden_layers)
         width = geometry.vision_hidden_size
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj, self.v_proj = (Projector(width * max(1, len(self.hidden_layers)), width) for _ in range(2))
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = MultiHeadAttention(width, num_heads)
         self.projector = Projector(width, geometry.text_hidden_size)
-        self._start()
+        self._init_weights()
 
-    def _start(self) -> None:
+    def _init_weights(self) -> None:
         """Weights normal with deviation 0.02 for any width, biases 0; the attention's W_q, W_k, W_v Xavier.
 
         The release truncates the normal at 100 deviations, which is nowhere. Its rule is for Linears, and torch's
@@ -84,19 +88,21 @@ class TokenPackerConnector(Connector):
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """(B, N, D) and hidden_layers (B, K, P+N, D) -> (B, T, E)."""
-        coarse = self.coarse_queries(features)
-        regions = split_blocks(self._patches_of_all_levels(features), features.grid, self.block).flatten(0, 1)
-        query = self.norm_q(self.q_proj(coarse)).flatten(0, 1).unsqueeze(1)
-        read = self.attention(query, self.norm_k(self.k_proj(regions)), self.norm_v(self.v_proj(regions)))
-        return self.projector(read.view_as(coarse))
+        coarse = self.coarse_queries(features)  # (B, T, D)
+        # Every token attends to its own region, so regions stand in the batch: (B, T, s^2, K D) -> (B T, s^2, K D)
+        regions = split_blocks(self._all_layers(features), features.grid, self.block).flatten(0, 1)
+        query = self.norm_q(self.q_proj(coarse)).flatten(0, 1).unsqueeze(1)  # (B, T, D) -> (B T, 1, D)
+        attended = self.attention(query, self.norm_k(self.k_proj(regions)), self.norm_v(self.v_proj(regions)))
+        return self.projector(attended.view_as(coarse))  # (B T, 1, D) -> (B, T, D) -> (B, T, E)
 
     def coarse_queries(self, features: VisionFeatures) -> Float[Tensor, "B T D"]:
         """down(R): (B, N, D) -> (B, T, D)."""
         size = [side // step for side, step in zip(features.grid, self.block, strict=True)]
-        image = features.patches.mT.unflatten(-1, features.grid)
-        return F.interpolate(image, size=size, mode="bilinear").flatten(2).mT
+        image = features.patches.mT.unflatten(-1, features.grid)  # (B, D, h, w)
+        return F.interpolate(image, size=size, mode="bilinear").flatten(2).mT  # (B, D, h', w') -> (B, T, D)
 
-    def _patches_of_all_levels(self, features: VisionFeatures) -> Float[Tensor, "B N M"]:
+    def _all_layers(self, features: VisionFeatures) -> Float[Tensor, "B N M"]:
+        """The patches at all hidden layers, side by side: (B, N, K D)."""
         if not self.hidden_layers:
             return features.patches
         if features.hidden_layers is None:
@@ -104,13 +110,5 @@ class TokenPackerConnector(Connector):
                 f"token_packer reads the hidden layers {list(self.hidden_layers)} of the encoder, but the features "
                 "have none: encode with these hidden_layers, or build it with hidden_layers=[]"
             )
+        # (B, K, N, D) -> (B, N, K, D) -> (B, N, K D)
         return features.hidden_layers[:, :, features.num_prefix_tokens :].transpose(1, 2).flatten(2)
-
-
-def _as_hidden_layers(hidden_layers: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(hidden_layers, Sequence) or any(type(level) is not int for level in hidden_layers):
-        raise UsageError(
-            f"option hidden_layers of connector 'token_packer' must be a list of whole numbers, got {hidden_layers!r}: "
-            "indices into the encoder's hidden_states"
-        )
-    return tuple(hidden_layers)

@@ -6,20 +6,22 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from acformer.connectors import Connector, Geometry, build_connector
-from acformer.errors import UsageError
-from acformer.hf.fusion import fusion_class
+from acformer.hf.fusion import FUSIONS
+from acformer.registry import check_value
 from acformer.vision.encoder import patch_grid
 from acformer.vision.families import num_prefix_tokens
 
-KINDS: dict[str, tuple[type, ...]] = {
-    "vision_config": (dict, PreTrainedConfig),
-    "text_config": (dict, PreTrainedConfig),
-    "connector_kwargs": (dict,),
-    "fusion_kwargs": (dict,),
-    "feature_layer": (int,),
-    "image_size": (int,),
+FIELD_TYPES = {
+    "vision_config": dict | PreTrainedConfig | None,
+    "text_config": dict | PreTrainedConfig | None,
+    "connector": str,
+    "connector_kwargs": dict | None,
+    "fusion": str,
+    "fusion_kwargs": dict | None,
+    "feature_layer": int,
+    "image_size": int | None,
 }
-"""What the fields of a config may be; those without a default of their own may be None, too."""
+"""What the fields of a config may be when they are given."""
 
 
 class AcFormerConfig(PreTrainedConfig):
@@ -49,9 +51,8 @@ class AcFormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, kinds in KINDS.items():
-            if not isinstance(value := getattr(self, name), (*kinds, type(None))):
-                raise UsageError(f"config field {name} must be {kinds[0].__name__}, got {value!r}")
+        for name, hint in FIELD_TYPES.items():
+            check_value(f"config field {name}", hint, getattr(self, name))
         self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
         self.text_config = _sub_config(self.text_config, "llama")
         self.connector_kwargs = dict(self.connector_kwargs or {})
@@ -74,7 +75,7 @@ class AcFormerConfig(PreTrainedConfig):
     @property
     def num_placeholders(self) -> int:
         """What one image costs in the prompt: the connector's T under `concat`, 1 under `gated_cross_attention`."""
-        return fusion_class(self.fusion).count_placeholders(self._connector().num_tokens)
+        return FUSIONS[self.fusion].count_placeholders(self._connector().num_tokens)
 
     @property
     def num_vision_tokens(self) -> int:

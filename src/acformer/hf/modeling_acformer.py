@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf.configuration_acformer import AcFormerConfig
-from acformer.hf.fusion import GatedBlock, build_fusion
+from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.vision.cls_attention import ClsAttentionTap
 from acformer.vision.encoder import features_from_tap, hidden_layer_blocks, resized, size_kwargs, truncate
 from acformer.vision.features import VisionFeatures
@@ -84,8 +84,8 @@ class AcFormerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Connector):
             self._start_as_built(module)
-        elif isinstance(module, GatedBlock):
-            module.close()
+        elif isinstance(module, GatedCrossAttentionBlock):
+            module.init_gates()
 
     def _start_as_built(self, connector: Connector) -> None:
         """What was not loaded starts with the value that the connector's constructor gives it.

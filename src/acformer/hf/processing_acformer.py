@@ -9,7 +9,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
-from acformer.hf.fusion import fusion_class
+from acformer.hf.fusion import FUSIONS
 from acformer.images import load_image
 
 IMAGE_TOKEN = "<image>"
@@ -77,7 +77,7 @@ class AcFormerProcessor(ProcessorMixin):
         """Image tokens that a prompt holds for an image of T visual tokens (by default the model's own T)."""
         if num_visual_tokens is None:
             return self.num_placeholders
-        return fusion_class(self.fusion).count_placeholders(num_visual_tokens)
+        return FUSIONS[self.fusion].count_placeholders(num_visual_tokens)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """As transformers', which would fetch URLs and open paths in a way of its own; no image at all is None."""

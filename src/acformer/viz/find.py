@@ -96,7 +96,5 @@ def anchors_of(features: VisionFeatures, num_anchors: int | None = None) -> Anch
         raise UsageError("this encoder gives no [CLS] attention, so it has no anchors")
     num_patches = scores.shape[-1]
     num_anchors = max(1, num_patches // 9) if num_anchors is None else num_anchors
-    if not 1 <= num_anchors <= num_patches:
-        raise UsageError(f"num_anchors={num_anchors} is outside 1..{num_patches}, the number of patches")
     indices = select_anchors(scores[:1], num_anchors)[0]
     return Anchors(tuple(indices.tolist()), features.grid, scores[0].cpu())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acformer.connectors import Connector
 from acformer.connectors.blocks import CrossAttention
 from acformer.connectors.mlp import MLPConnector
-from acformer.connectors.stack import QueryConnector
+from acformer.connectors.resampler import QueryConnector
 from acformer.errors import UsageError
 from acformer.vision.features import VisionFeatures
 
@@ -44,8 +44,7 @@ def token_sources(
         return _derivative(connector, image, num_tokens)
     raise UsageError(
         f"{type(connector).__name__} mixes patches by more than attention and means, so its tokens cannot be mapped "
-        "back to them; connectors that can: acformer, e_vit, linear, mlp, perceiver, pooling, pooling_pr, random_pr, "
-        "top_p"
+        "back to them; connectors that can: acformer, direct, e_vit, linear, mlp, perceiver, pooling, pooling_pr"
     )
 
 

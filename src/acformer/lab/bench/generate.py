@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from acformer.connectors import Connector
 from acformer.connectors.queries import SelectedQueries
-from acformer.connectors.stack import QueryConnector
+from acformer.connectors.resampler import QueryConnector
 from acformer.hf import AcFormerForConditionalGeneration
 from acformer.lab.bench.floors import (
     cls_row_flops,

@@ -7,7 +7,7 @@ import torch
 from transformers.generation import BaseStreamer
 
 from acformer.connectors.queries import SelectedQueries
-from acformer.connectors.stack import QueryConnector
+from acformer.connectors.resampler import QueryConnector
 from acformer.data.conversation import encode_prompt
 from acformer.errors import UsageError
 from acformer.evaluate.generate import decode, generation_options

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from acformer.connectors import list_connectors
+from acformer.connectors import CONNECTORS
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import IGNORE
 from acformer.data.samples import Sample
@@ -88,7 +88,7 @@ class Task:
 def _refuse_unknown(job: Job) -> None:
     """The plan knew the connector: a process that does not is one started for the job."""
     name = (job if isinstance(job, Run) else job.run).recipe.model.connector
-    if name not in list_connectors():
+    if CONNECTORS.resolve(name).name not in CONNECTORS.names():
         raise UsageError(
             f"connector {name!r} is unknown in the worker process, which starts anew and has only what its imports "
             "register: install it as a package entry point, register it in an importable module, or take --jobs 1"

@@ -173,7 +173,10 @@ def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:
     """The rows of these connectors (or rows of that name); all by default."""
     if names is None:
         return plan.rows
+    from acformer.connectors import CONNECTORS
+
     valid = {name for row in plan.rows for name in (row.name, row.connector)}
+    names = [name if name in valid else CONNECTORS.resolve(name).name for name in names]
     for name in names:
         if name not in valid:
             raise unknown_name(f"connector of {plan.name}", name, valid)
@@ -182,19 +185,22 @@ def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:
 
 def every_connector() -> tuple[Row, ...]:
     """Table 3: one row a connector."""
-    from acformer.connectors import list_connectors
+    from acformer.connectors import CONNECTORS, list_connectors
 
-    return tuple(Row(name, name) for name in list_connectors())
+    variants = [name for name, alias in CONNECTORS.aliases.items() if alias.options]  # an experiment with its own name
+    return tuple(Row(name, name) for name in sorted([*list_connectors(), *variants]))
 
 
 def every_selector() -> tuple[Row, ...]:
     """Table 4: every selector's tokens direct in, and as queries; the anchors drawn while training; all tokens."""
     from acformer.anchors.selectors import SELECTORS
 
-    pairs = [(connector, selector) for connector in ("acformer", "top_p") for selector in SELECTORS.names()]
+    selectors = sorted([*SELECTORS.names(), *SELECTORS.aliases])
+    pairs = [(connector, selector) for connector in ("acformer", "direct") for selector in selectors]
+    pairs.remove(("acformer", "random"))  # as in Table 3, it is called random_pr
     selected = (Row(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
     drawn = Row("acformer-stochastic", "acformer", {"stochastic_anchors": True})
-    return (*selected, drawn, *(Row(name, name) for name in ("e_vit", "mlp")))
+    return (*selected, drawn, *(Row(name, name) for name in ("random_pr", "e_vit", "mlp")))
 
 
 def few_connectors() -> tuple[Row, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from acformer.connectors import CONNECTORS, Geometry, budget_options, build_connector, connector_options
-from acformer.connectors.stack import StackConnector
+from acformer.connectors.resampler import Resampler
 from acformer.errors import AcFormerError, UsageError
 from acformer.fetch.embedded import resolve
 from acformer.hf.build import parse_dtype
@@ -59,7 +59,7 @@ class Run:
     def fingerprint(self) -> str:
         """Two runs of one fingerprint give the same scores, but for the noise of the machine."""
         evaluation = {"data": self.scale.data, "limit": self.scale.limit, "search": asdict(self.scale.search)}
-        training = {"recipe": asdict(self.recipe), "fraction": self.fraction, "start": self.start}
+        training = {"recipe": as_recorded(self.recipe), "fraction": self.fraction, "start": self.start}
         return fingerprint({**training, **evaluation, **what_decides(self.recipe)})
 
     def with_seed(self, seed: int) -> "Run":
@@ -104,7 +104,7 @@ class Trial:
         if self.run.start:  # what comes after the heads does not change this one
             recipe = replace(recipe, pretrain=None, finetune=None)
         del search["factors"]  # what else is tried does not change this one
-        tried = {"recipe": asdict(recipe), "factor": self.factor, "search": search, "start": self.run.start}
+        tried = {"recipe": as_recorded(recipe), "factor": self.factor, "search": search, "start": self.run.start}
         return fingerprint({**tried, **what_decides(self.run.recipe)})
 
 
@@ -126,7 +126,8 @@ class Timing:
     @property
     def fingerprint(self) -> str:
         """Of what a step computes; data of evaluation and search have no part in it."""
-        timed = {"measures": "step", "recipe": asdict(replace(self.run.recipe, seed=0)), "start": self.run.start}
+        recipe = as_recorded(replace(self.run.recipe, seed=0))
+        timed = {"measures": "step", "recipe": recipe, "start": self.run.start}
         return fingerprint({**timed, **what_decides(self.run.recipe)})
 
 
@@ -175,9 +176,26 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+FORMER_NAMES = {"direct": "top_p", "hidden_layers": "levels"}
+"""Connectors and options that had another name when the first records were made."""
+NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}}
+"""Options that it did not have then: it was no alias."""
+
+
+def as_recorded(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in the names that its records were made with: the same run has the same fingerprint still."""
+    spelled = asdict(recipe)
+    model = spelled["model"]
+    model["connector"] = FORMER_NAMES.get(model["connector"], model["connector"])
+    model["connector_kwargs"] = {FORMER_NAMES.get(key, key): value for key, value in model["connector_kwargs"].items()}
+    return spelled
+
+
 def what_decides(recipe: Recipe) -> dict[str, Any]:
     """What decides a score and is not in the recipe: the connector's defaults, the versions of scenes and heads."""
-    options = {key: str(value) for key, value in connector_options(recipe.model.connector).items()}
+    name = recipe.model.connector
+    known = {key: str(value) for key, value in connector_options(name).items() if key not in NOT_RECORDED.get(name, ())}
+    options = {FORMER_NAMES.get(key, key): value for key, value in known.items()}
     return {"defaults": options, "scenes": VERSION, "reader": READER_VERSION}
 
 
@@ -236,7 +254,7 @@ def row_options(
     and those that give `budget` tokens, or the nearest number that the connector can give.
     """
     known = connector_options(row.connector)
-    is_stack = issubclass(CONNECTORS[row.connector], StackConnector)
+    is_stack = issubclass(CONNECTORS[row.connector], Resampler)
     shared = {key: value for key, value in model.connector_kwargs.items() if is_stack and key in known}
     own = {**sizes.get(row.connector, {}), **row.options}
     options = {**shared, **own, **budget_options(row.connector, geometry, budget)}
