@@ -170,8 +170,10 @@ e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]
 f: &f [*e, *e, *e, *e, *e, *e, *e, *e, *e, *e]
 g: [*f, *f, *f, *f, *f, *f, *f, *f, *f, *f]
 """
-MERGES = LAUGHS.replace("[lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]", "{x: 1}").replace("[", "{<<: [").replace(
-    "]", "]}"
+MERGES = (
+    LAUGHS.replace("[lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]", "{x: 1}")
+    .replace("[", "{<<: [")
+    .replace("]", "]}")
 )
 LONG = f"a: &a {'x' * 2000}\nb: [{', '.join(['*a'] * 1000)}]\n"
 

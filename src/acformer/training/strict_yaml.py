@@ -29,7 +29,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _num_characters(node: yaml.Node, where: str, known: dict[int, int]) -> int:
-    """Of a node with its aliases written out; each node is looked at once. `UsageError` for a key that is there twice."""
+    """Of a node with its aliases written out, each node looked at once; `UsageError` for a key that is there twice."""
     if id(node) not in known:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
