@@ -8,6 +8,7 @@ from acformer.data.templates import TEMPLATES
 from acformer.errors import UsageError
 from acformer.training.recipe import Recipe, coerce, list_recipes, load_recipe
 from acformer.training.stages import training_arguments
+from acformer.training.strict_yaml import parse_yaml
 
 
 def test_what_ships():
@@ -84,6 +85,10 @@ def test_a_recipe_file_and_its_own_record_say_the_same(tmp_path):
         (["seed"], "'seed' is not of the form key=value"),
         (["seed=[1"], "not valid YAML"),
         (["seed=2020-13-01"], "not valid YAML: seed=2020-13-01: month must be"),
+        (["seed=!!timestamp x"], "not valid YAML: seed=!!timestamp x: .*NoneType"),
+        (["seed=!!bool x"], "not valid YAML: seed=!!bool x: 'x'"),
+        (["seed=!!python/object/apply:os.getcwd []"], "could not determine a constructor"),
+        (["model.text={a: 1, a: 2}"], r"not valid YAML: model.text={.*}: key 'a' is there twice \(line 1\)"),
         (["seed=one"], "recipe key seed must be int, got 'one'"),
         (["seed=true"], "recipe key seed must be int, got True"),
         (["model.image_size=big"], "recipe key model.image_size must be int or nothing"),
@@ -147,9 +152,53 @@ def test_files_that_are_no_recipes(tmp_path):
         (tmp_path / "deep.yaml").write_text(text)
         with pytest.raises(UsageError, match=r"nested too deeply: .*deep\.yaml"):
             load_recipe(str(tmp_path / "deep.yaml"))
+    with (tmp_path / "huge.yaml").open("w") as file:
+        file.truncate(2_000_000)
+    with pytest.raises(UsageError, match=r"huge\.yaml has 2,000,000 bytes: too large for a recipe"):
+        load_recipe(str(tmp_path / "huge.yaml"))
     (tmp_path / "half.yaml").write_text(yaml.safe_dump({"model": {"vision": "x"}}))
     with pytest.raises(UsageError, match=r"recipe key model.text is missing"):
         load_recipe(str(tmp_path / "half.yaml"))
+
+
+LAUGHS = """\
+a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]
+b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]
+c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]
+d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]
+e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d]
+f: &f [*e, *e, *e, *e, *e, *e, *e, *e, *e, *e]
+g: [*f, *f, *f, *f, *f, *f, *f, *f, *f, *f]
+"""
+MERGES = (
+    LAUGHS.replace("[lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]", "{x: 1}")
+    .replace("[", "{<<: [")
+    .replace("]", "]}")
+)
+LONG = f"a: &a {'x' * 2000}\nb: [{', '.join(['*a'] * 1000)}]\n"
+
+
+@pytest.mark.timeout(20)  # the memory would be gone first
+@pytest.mark.parametrize("text", [LAUGHS, MERGES, LONG])
+def test_aliases_that_multiply(tmp_path, text):
+    (tmp_path / "many.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"many.yaml stands for more than 1,000,000 characters"):
+        load_recipe(str(tmp_path / "many.yaml"))
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    (tmp_path / "twice.yaml").write_text("seed: 1\nmodel: {vision: a, text: b}\nseed: 2\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml: key 'seed' is there twice \(line 3\)"):
+        load_recipe(str(tmp_path / "twice.yaml"))
+
+
+def test_an_alias_is_a_copy_and_a_merge_can_be_overridden():
+    value = parse_yaml("a: &a {x: [1]}\nb: *a\nc: {<<: *a, y: 2}\nd: {<<: *a, x: 3}", "here")
+    assert value == {"a": {"x": [1]}, "b": {"x": [1]}, "c": {"x": [1], "y": 2}, "d": {"x": 3}}
+    value["a"]["x"].append(4)
+    assert value["b"] == {"x": [1]}
+    assert value["c"]["x"] == [1]
+    assert parse_yaml("", "here") is None
 
 
 def test_unknown_training_argument(tmp_path):

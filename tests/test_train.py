@@ -406,8 +406,6 @@ def test_a_gradient_that_is_not_finite_names_all_samples_of_its_step(recipe, mon
 
 def test_what_was_skipped_stays_skipped_after_a_resume(recipe, data, tmp_path, monkeypatch):
     """Twelve pictures in three steps, four of them torn: used + skipped = offered, whether it was stopped or not."""
-    from acformer.training.trainer import Guard
-
     records = json.loads((data / "questions.json").read_text())
     for number in (0, 3, 6, 9):
         torn = (data / records[number]["image"]).read_bytes()[:40]
@@ -416,17 +414,17 @@ def test_what_was_skipped_stays_skipped_after_a_resume(recipe, data, tmp_path, m
     (data / "torn.json").write_text(json.dumps(records))
     one = ["stage=finetune", "pretrain=null", f"finetune.data={data}/torn.json", "finetune.max_bad_fraction=0.5"]
     one += ["finetune.training.save_strategy=steps", "finetune.training.save_steps=1"]
-    save = Guard.on_save
+    save = AcFormerTrainer._save_checkpoint
 
-    def stop(self, args, state, control, **kwargs):
-        save(self, args, state, control, **kwargs)
-        if state.global_step == 2:
+    def stop(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.state.global_step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Guard, "on_save", stop)
+    monkeypatch.setattr(AcFormerTrainer, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         train(recipe(*one), progress=False)
-    monkeypatch.setattr(Guard, "on_save", save)
+    monkeypatch.setattr(AcFormerTrainer, "_save_checkpoint", save)
     log = tmp_path / "run/finetune/skipped.jsonl"
     with log.open("a") as late:  # after the checkpoint: this part is done again
         late.write(

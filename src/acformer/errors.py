@@ -5,7 +5,8 @@ Every message says what is wrong, where, and what to do; the command line prints
 75 preempted (resume with the same command), 130 Ctrl-C, 143 terminated.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -28,7 +29,7 @@ class DataError(AcFormerError, ValueError):
 
 
 class ImageError(DataError):
-    """A picture that cannot or must not be decoded (exit code 3)."""
+    """An image that cannot or must not be decoded (exit code 3)."""
 
 
 class CheckpointError(AcFormerError):
@@ -49,3 +50,28 @@ def unknown_name(what: str, name: str, valid: Iterable[str]) -> UsageError:
     near = get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(f"unknown {what} {name!r}; {hint}valid: {', '.join(names)}")
+
+
+@contextmanager
+def translated(message: str, kind: type[AcFormerError], *caught: type[Exception]) -> Iterator[None]:
+    """Raises `kind` with the line `message: reason` in place of an exception of another library.
+
+    Args:
+        message: what was tried, and with what: `cannot load 'runs/tiny'`.
+        kind: what the user gets.
+        caught: the exceptions to translate; without any, all. Ours pass as they are unless their very class is named:
+            `translated("finetune", UsageError, UsageError)` says in which stage a mistake is.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_ours = isinstance(error, AcFormerError)
+        if not (type(error) in caught if is_ours else isinstance(error, caught or Exception)):
+            raise
+        raise kind(f"{message}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, in one line of at most `limit` characters; its class where it says nothing."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

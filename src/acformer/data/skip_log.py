@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from acformer.errors import DataError
@@ -47,6 +48,12 @@ class SkipLog:
             if (file, record) not in self._known():
                 with self.path.open("a", encoding="utf-8") as log:
                     log.write(json.dumps({"file": file, "record": record, "reason": reason}) + "\n")
+
+    def copy_to(self, folder: Path) -> None:
+        """What is written down by now, as a file of the same name there; nothing if nothing was skipped."""
+        if self.path is not None and self.path.exists():
+            with locked(self.path):
+                shutil.copy(self.path, folder)
 
     def check(self) -> None:
         """`DataError` once more than `max_bad_fraction` of the records offered were skipped."""

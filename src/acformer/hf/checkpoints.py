@@ -5,20 +5,21 @@ safetensors has no checksum and a killed save leaves half a folder, so every fol
 """
 
 import json
-import os
 import shutil
+import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from acformer.errors import CheckpointError
-from acformer.files import file_sha256
+from acformer.errors import CheckpointError, translated
+from acformer.files import file_sha256, flush_to_disk, partial_path, whole_file, whole_folder
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.vision.encoder import loading
 
 MANIFEST = "manifest.json"
 
@@ -26,13 +27,15 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Describe every file of `folder`; the manifest itself appears in one step, after all of them are on disk."""
     entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        entries[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    temporary = folder / f"{MANIFEST}.part"
-    temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    with whole_file(folder / MANIFEST) as part:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)  # of any new file: safetensors' are readable by their owner alone
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p not in (part, folder / MANIFEST)):
+            path.chmod(mode)
+            flush_to_disk(path)
+            name = path.relative_to(folder).as_posix()
+            entries[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        part.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def verify_folder(folder: Path) -> str | None:
@@ -42,24 +45,33 @@ def verify_folder(folder: Path) -> str | None:
         return "it has no manifest: the save did not finish"
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return "its manifest is not JSON"
+    if not (isinstance(entries, dict) and entries):
+        return "its manifest names no file"
     for name, entry in entries.items():
-        path = folder / name
+        match entry:
+            case {"size": int(size), "sha256": str(sha256)}:
+                path = folder / name
+            case _:
+                return f"its manifest gives no size and sha256 for {name}"
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its manifest names a file outside of it: {name}"
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size or file_sha256(path) != sha256:
             return f"{name} has changed since it was saved"
-    return None
+    unnamed = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in entries)
+    return f"{unnamed[0]} is not in its manifest" if unnamed else None
 
 
-def latest_valid_checkpoint(folder: Path, tell: Callable[[str], Any]) -> Path | None:
-    """The newest `checkpoint-N` that is whole; `tell` hears of each damaged one that is passed over."""
+def latest_valid_checkpoint(folder: Path, warn: Callable[[str], Any]) -> Path | None:
+    """The newest `checkpoint-N` that is whole; `warn` is called for each damaged one that is passed over."""
     for _, checkpoint in sorted(_by_step(folder).items(), reverse=True):
         problem = verify_folder(checkpoint)
         if problem is None:
             return checkpoint
-        tell(f"passing over {checkpoint}: {problem}")
+        warn(f"passing over {checkpoint}: {problem}")
     return None
 
 
@@ -86,17 +98,14 @@ def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -
 
     Called by every process of a distributed run, since a sharded model is gathered from all of them; one writes.
     """
-    part = folder.with_name(f".{folder.name}.part")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(part))
-    if trainer.is_world_process_zero():
-        (part / "training_args.bin").unlink(missing_ok=True)  # a pickle: the recipe is kept as YAML
-        processor.save_pretrained(part)
-        write_manifest(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+    writes = trainer.is_world_process_zero()
+    with whole_folder(folder) if writes else nullcontext(partial_path(folder)) as part:
+        trainer.accelerator.wait_for_everyone()  # until the folder is there
+        trainer.save_model(str(part))
+        if writes:
+            (part / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle: the recipe is kept as YAML
+            processor.save_pretrained(part)
+            write_manifest(part)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -110,8 +119,8 @@ def model_folder(name: str) -> str:
     return name
 
 
-def _refuse_missing_path(name: str) -> None:
-    """A misspelt local path is told as such, before the hub is asked for a model of that name."""
+def _check_path(name: str) -> None:
+    """`CheckpointError` for a misspelt local path, before the hub is asked for a model of that name."""
     path = Path(name)
     is_path = name.count("/") > 1 or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
     if is_path and not path.exists():
@@ -131,13 +140,13 @@ def load_model(
             a processor of another model.
     """
     folder = model_folder(name)
-    _refuse_missing_path(name)
+    _check_path(name)
     if Path(folder).exists():
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
         if (Path(folder) / MANIFEST).is_file() and (problem := verify_folder(Path(folder))):
             raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
-    with loading(name):
+    with translated(f"cannot load {name!r}", CheckpointError):
         model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = AcFormerProcessor.from_pretrained(folder)
     for field in ("num_placeholders", "fusion", "image_token_id"):

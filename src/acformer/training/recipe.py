@@ -20,6 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from acformer.errors import UsageError, unknown_name
+from acformer.training.strict_yaml import LIMIT, parse_yaml
 
 STAGES = ("pretrain", "finetune")
 MODULES = ("vision_tower", "connector", "fusion", "language_model")
@@ -63,7 +64,7 @@ class StageSpec:
 
     template: for this stage's data only (`plain` in stage 1); default the model's. max_bad_fraction: of the
     records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
-    many records of one picture stand together in a batch, and the connector runs once for them. elastic: [low, high],
+    many records of one image stand together in a batch, and the connector runs once for them. elastic: [low, high],
     every step draws its number of visual tokens from this range (`acformer.training.elastic`).
     """
 
@@ -130,9 +131,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise UsageError(f"override {override!r} is not of the form key=value")
-        _assign(values, key.strip().split("."), _parse(value, override))
+        _assign(values, key.strip().split("."), parse_yaml(value, override))
     recipe = _build(Recipe, values, "")
-    _validate(recipe)
+    _check_recipe(recipe)
     return recipe
 
 
@@ -144,7 +145,9 @@ def _read(name: str) -> dict:
     path = Path(name)
     if name.endswith((".yaml", ".yml")) or path.is_file():
         try:
-            values = _parse(path.read_text(encoding="utf-8"), name)
+            if (size := path.stat().st_size) > LIMIT:
+                raise UsageError(f"{name} has {size:,} bytes: too large for a recipe")
+            values = parse_yaml(path.read_text(encoding="utf-8"), name)
         except OSError as error:
             raise UsageError(f"cannot read recipe {name}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -154,23 +157,7 @@ def _read(name: str) -> dict:
         return {"name": path.stem, **values}
     if name not in list_recipes():
         raise unknown_name("recipe", name, list_recipes())
-    return {"name": name, **_parse((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name)}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return _unshared(yaml.safe_load(text))
-    except RecursionError as error:
-        raise UsageError(f"nested too deeply: {where}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that is none, as 2020-13-01
-        raise UsageError(f"not valid YAML: {where}: {' '.join(str(error).split())}") from error
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which no two places are one object, as YAML's aliases are: an override must change one of them."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+    return {"name": name, **parse_yaml((_folder() / f"{name}.yaml").read_text(encoding="utf-8"), name)}
 
 
 def _assign(values: dict, keys: list[str], value: Any) -> None:
@@ -217,18 +204,18 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _validate(recipe: Recipe) -> None:
+def _check_recipe(recipe: Recipe) -> None:
     if recipe.stage not in ("all", *STAGES):
         raise unknown_name("stage", recipe.stage, ("all", *STAGES))
     if not list(recipe.stages()):
         raise UsageError(f"recipe {recipe.name!r} has nothing to run for stage={recipe.stage}")
     if "{" in recipe.output_dir.replace("{name}", ""):
         raise UsageError(f"output_dir {recipe.output_dir!r}: {{name}} is all that can be filled in")
-    _in_range("seed", recipe.seed, 0, 2**32 - 1)
-    _in_range("model.image_size", recipe.model.image_size, 1)
-    _in_range("model.tokenizer_vocab", recipe.model.tokenizer_vocab, 1)
+    _check_range("seed", recipe.seed, 0, 2**32 - 1)
+    _check_range("model.image_size", recipe.model.image_size, 1)
+    _check_range("model.tokenizer_vocab", recipe.model.tokenizer_vocab, 1)
     for stage, spec in recipe.stages():
-        _validate_stage(stage, spec)
+        _check_stage(stage, spec)
     first = recipe.pretrain or recipe.finetune
     if recipe.model.fusion != "concat" and not recipe.from_model and first and "fusion" not in first.learning_rates:
         raise UsageError(
@@ -239,7 +226,7 @@ def _validate(recipe: Recipe) -> None:
         raise UsageError("cache_features needs a frozen encoder: take vision_tower out of learning_rates")
 
 
-def _validate_stage(stage: str, spec: StageSpec) -> None:
+def _check_stage(stage: str, spec: StageSpec) -> None:
     for module, rate in spec.learning_rates.items():
         if module not in MODULES:
             raise unknown_name(f"module under {stage}.learning_rates", module, MODULES)
@@ -252,15 +239,15 @@ def _validate_stage(stage: str, spec: StageSpec) -> None:
         if key in RESERVED:
             raise UsageError(f"{stage}.training.{key} does nothing here: {RESERVED[key].format(stage=stage)}")
     for key in ("max_samples", "max_length", "group"):
-        _in_range(f"{stage}.{key}", getattr(spec, key), 1)
+        _check_range(f"{stage}.{key}", getattr(spec, key), 1)
     if spec.elastic is not None:
         low, high = spec.elastic if len(spec.elastic) == 2 else (None, None)
         if not (type(low) is int and type(high) is int and 1 <= low <= high):
             raise UsageError(f"{stage}.elastic must be [low, high], two numbers of visual tokens, got {spec.elastic}")
-    _in_range(f"{stage}.max_bad_fraction", spec.max_bad_fraction, 0, 1)
+    _check_range(f"{stage}.max_bad_fraction", spec.max_bad_fraction, 0, 1)
 
 
-def _in_range(path: str, value: float | None, low: float, high: float = math.inf) -> None:
+def _check_range(path: str, value: float | None, low: float, high: float = math.inf) -> None:
     if value is not None and not low <= value <= high:
         limits = f"at least {low}" if high == math.inf else f"in {low}..{high}"
         raise UsageError(f"recipe key {path} must be {limits}, got {value!r}")

@@ -3,24 +3,29 @@ visual tokens that may change at every step, batches of like length that a resum
 step that is not finite, whole checkpoints.
 """
 
-import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from acformer.data.collate import ConversationDataset
 from acformer.data.lengths import LengthGroupedSampler
-from acformer.data.skip_log import SKIPPED
-from acformer.errors import DivergedError, UsageError
-from acformer.files import locked
+from acformer.errors import CheckpointError, DataError, DivergedError, UsageError, translated
 from acformer.hf import AcFormerForConditionalGeneration
 from acformer.hf.checkpoints import keep_newest, write_manifest
 from acformer.training.elastic import ElasticBudget
+from acformer.training.failures import LOADER_TIMEOUT
+from acformer.training.progress import announced
 from acformer.training.recipe import MODULES
+from acformer.training.settings import check_settings
+from acformer.training.stopping import StopOnSignal
 
 
 def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
@@ -28,7 +33,7 @@ def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, fl
 
     `UsageError` for a module of which the model has none (`fusion`, where that is `concat`).
     """
-    refuse_missing_modules(model, learning_rates)
+    check_modules(model, learning_rates)
     lines = []
     for name, parameters in module_parameters(model).items():
         if not parameters:
@@ -41,7 +46,7 @@ def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, fl
     return "\n".join(lines)
 
 
-def refuse_missing_modules(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> None:
+def check_modules(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> None:
     """`UsageError` for a named module of which the model has no weights."""
     groups = module_parameters(model)
     for name in learning_rates:
@@ -59,18 +64,42 @@ def module_parameters(model: AcFormerForConditionalGeneration) -> dict[str, list
 
 
 class AcFormerTrainer(Trainer):
-    """The Trainer with a learning rate a module, a frozen encoder kept in eval mode, and a budget of visual tokens."""
+    """The Trainer with a learning rate a module, a frozen encoder kept in eval mode, and a budget of visual tokens.
+
+    Args:
+        learning_rates: a rate a module; one that is not named is frozen (`freeze`).
+        budget: gives each step its number of visual tokens.
+        complete: adds to a checkpoint's folder what is to be in it, before its manifest is written.
+        kwargs: the Trainer's. `UsageError` for arguments that it would not do right (`acformer.training.settings`).
+    """
 
     optimizer: Any
 
-    def __init__(self, *, learning_rates: dict[str, float], budget: ElasticBudget | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        learning_rates: dict[str, float],
+        budget: ElasticBudget | None = None,
+        complete: Callable[[Path], None] | None = None,
+        **kwargs: Any,
+    ):
+        check_settings(kwargs["args"])
         super().__init__(**kwargs)
         self.learning_rates = learning_rates
         self.budget = budget
-        self.sample_ids: list[str] = []  # of the step so far, which may have several batches
-        # The Trainer would remove the older checkpoints before the new one has its manifest: `Guard` does it after.
+        self.complete = complete
+        self.is_saving = False
+        self.sample_ids: list[str] = []  # of the step, which may have several batches
+        # The Trainer would remove the older checkpoints before the new one has its manifest: we do it after.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.add_callback(Guard(self))
+        self.stop = StopOnSignal(self)
+        self.add_callback(StopOnBadGradient(self))
+        self.add_callback(self.stop)
+
+    @property
+    def is_finished(self) -> bool:
+        """All steps are done."""
+        return self.state.global_step >= self.state.max_steps
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what `optim` says) with one group a module and decay setting."""
@@ -90,6 +119,13 @@ class AcFormerTrainer(Trainer):
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; a worker that hangs does not hang the run."""
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers > 0:
+            getattr(loader, "base_dataloader", loader).timeout = LOADER_TIMEOUT
+        return loader
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Ours for `group_by_length`: the Trainer's wants items that are dicts and opens them all."""
         args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
@@ -97,14 +133,27 @@ class AcFormerTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthGroupedSampler(dataset.lengths(), rows, seed, lambda: int(self.state.epoch or 0))
+        with announced("estimating the lengths of the samples"):
+            lengths = dataset.lengths()
+        return LengthGroupedSampler(lengths, rows, seed, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step, cut to its number of visual tokens; and the number of tokens that it learns.
+
+        `DataError` where the data ends early: the Trainer would take that for the end of an epoch.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+        if len(batches) < num_batches:
+            step, last = self.state.global_step, self.state.max_steps
+            raise DataError(f"the data ended early, after step {step} of {last}: an item raised StopIteration")
+        self.sample_ids = [name for batch in batches for name in batch.get("sample_ids", ())]
+        if self.budget is not None:
+            batches = [self.budget(batch, self.state.global_step) for batch in batches]
+        return batches, num_items
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         """The model's loss; a loss that is not finite stops the run before anything is changed by it."""
         sample_ids = inputs.pop("sample_ids", [])
-        self.sample_ids += sample_ids
-        if self.budget is not None:
-            inputs = self.budget(inputs, self.state.global_step)
         if "vision_tower" not in self.learning_rates:
             self.accelerator.unwrap_model(model).model.vision_tower.eval()
         result = super().compute_loss(model, {**inputs, "supervised_only": True}, *args, **kwargs)
@@ -114,9 +163,63 @@ class AcFormerTrainer(Trainer):
             raise DivergedError(f"loss is {loss.item()} at step {self.state.global_step + 1}: samples {names}")
         return result
 
+    def check_weights(self) -> None:
+        """`DivergedError` where the last step has made a weight infinite or NaN: such a model is not saved."""
+        for module, parameters in module_parameters(self.model).items():
+            if not all(torch.isfinite(p).all() for p in parameters if p.requires_grad):
+                step = self.state.global_step
+                raise DivergedError(f"a weight of {module} is not finite after step {step}; lower its learning rate")
 
-class Guard(TrainerCallback):
-    """Stops before an optimizer step on gradients that are not finite; completes every checkpoint."""
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, and then its manifest, after every process has written: without one it did not finish.
+
+        Older checkpoints go only then, so that there is a whole one at any moment.
+        """
+        self.check_weights()
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        self.is_saving = True
+        try:
+            with translated(f"cannot save {folder}", CheckpointError, OSError, RuntimeError, SafetensorError):
+                super()._save_checkpoint(*args, **kwargs)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody reads
+                    if self.complete is not None:
+                        self.complete(folder)
+                    write_manifest(folder)
+                    keep_newest(folder.parent, self.save_total_limit, step)
+        finally:
+            self.is_saving = False
+        self.stop.saved_step = step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _going_on_from(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _going_on_from(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for parameter, state in self.optimizer.state.items():
+                for name in {"exp_avg", "exp_avg_sq"} & state.keys():
+                    if (shape := state[name].shape) != parameter.shape:  # would be noticed in the first step
+                        raise ValueError(f"{name} has shape {tuple(shape)}, its weight {tuple(parameter.shape)}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _going_on_from(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _going_on_from(checkpoint):
+            super()._load_scaler(checkpoint)
+
+
+def _going_on_from(checkpoint: str | None) -> AbstractContextManager[None]:
+    return translated(f"cannot go on from {checkpoint} (remove it, or give resume=false)", CheckpointError)
+
+
+class StopOnBadGradient(TrainerCallback):
+    """Stops before an optimizer step on gradients that are not finite."""
 
     def __init__(self, trainer: AcFormerTrainer) -> None:
         self.trainer = trainer
@@ -129,22 +232,3 @@ class Guard(TrainerCallback):
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             names = ", ".join(self.trainer.sample_ids)
             raise DivergedError(f"the gradient is not finite at step {state.global_step + 1}: samples {names}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The next batch belongs to another step."""
-        self.trainer.sample_ids = []
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The manifest comes last, after every process has written: a checkpoint without one did not finish.
-
-        Older checkpoints go only then, so that there is a whole one at any moment.
-        """
-        self.trainer.accelerator.wait_for_everyone()
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            checkpoint, skipped = folder / f"checkpoint-{state.global_step}", folder / SKIPPED
-            if skipped.exists():
-                with locked(skipped):
-                    shutil.copy(skipped, checkpoint)
-            write_manifest(checkpoint)
-            keep_newest(folder, self.trainer.save_total_limit, state.global_step)

@@ -27,7 +27,7 @@ from acformer.lab.reproduce.runs import (
 )
 from acformer.lab.reproduce.schedule import default_jobs, run_tasks
 from acformer.lab.reproduce.tables import Measured, all_errors, table_text
-from acformer.training.arguments import refuse_unfit
+from acformer.training.arguments import check_arguments
 from acformer.training.recipe import Recipe
 
 J = TypeVar("J", Run, Trial, Timing)
@@ -97,7 +97,7 @@ def _refuse_unfit_language_model(recipe: Recipe) -> None:
     if isinstance(recipe.model.text, dict):
         new_text_config(recipe.model.text)
     for _, spec in recipe.stages():
-        refuse_unfit(spec, recipe.seed)
+        check_arguments(spec, recipe.seed)
 
 
 def _missing(jobs: Iterable[J], results: Path) -> list[J]:

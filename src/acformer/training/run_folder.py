@@ -1,0 +1,159 @@
+"""A run's folder: whose run is in it, what of it is done, what a checkpoint was trained on, whether there is room."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from acformer.data.samples import Sample
+from acformer.errors import CheckpointError, UsageError, translated
+from acformer.files import only_process, write_text
+from acformer.hf import AcFormerForConditionalGeneration
+from acformer.hf.checkpoints import verify_folder
+from acformer.training.recipe import STAGES, Recipe, StageSpec, load_recipe
+from acformer.training.strict_yaml import parse_yaml
+from acformer.training.trainer import module_parameters
+
+RECIPE = "recipe.yaml"
+TRAINED_ON = "trained_on.json"
+"""In a checkpoint: what a run that goes on from it must have too."""
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what is written once in a distributed run (torchrun and accelerate set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """The folder is this run's alone; `UsageError` where another run is at work in it."""
+    with ExitStack() as stack:
+        if is_first_process():  # all processes of a distributed run are one run
+            busy = f"another run is at work in {folder}; wait for its end, or choose output_dir=..."
+            try:
+                stack.enter_context(only_process(folder / ".lock"))
+            except BlockingIOError as error:
+                raise UsageError(busy) from error
+        yield
+
+
+def is_done(recipe: Recipe, stage: str) -> bool:
+    """The stage's model is there, whole."""
+    folder = recipe.output / stage / "model"
+    return recipe.resume and folder.exists() and verify_folder(folder) is None
+
+
+def check_same_run(recipe: Recipe) -> None:
+    """`UsageError` if the folder belongs to another recipe, or to a user: two runs would be mixed, a file lost.
+
+    The section of a stage that has left nothing yet may change: a mistake in stage 2 does not cost stage 1.
+    """
+    record = recipe.output / RECIPE
+    if not record.exists():
+        return
+    if not _is_record(record):
+        raise UsageError(f"{record} is not a record of a run, which would be written over it; choose output_dir=...")
+    begun = [stage for stage in STAGES if _work_of(recipe, [stage])]
+    if not (recipe.resume and begun):
+        return
+    ours, theirs = _settings_until(recipe, begun[-1]), {}
+    with suppress(UsageError):  # a record that another version has written may not be a recipe of ours
+        theirs = _settings_until(load_recipe(str(record)), begun[-1])
+    differing = [key for key in ours if key not in theirs or ours[key] != theirs[key]]
+    if differing:
+        keeping = "stage=finetune " if differing == ["finetune"] else ""
+        raise UsageError(
+            f"{recipe.output} holds a run of another recipe ({record}; not the same: {', '.join(differing)}); choose "
+            f"output_dir=..., or {keeping}resume=false to write over it"
+        )
+
+
+def claim(recipe: Recipe, stage: str) -> None:
+    """Write the recipe down, once all it names was found; with `resume: false` this and later stages start anew."""
+    if not is_first_process():
+        return
+    if not recipe.resume:
+        for path in _work_of(recipe, STAGES[STAGES.index(stage) :]):
+            shutil.rmtree(path)
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    write_text(recipe.output / RECIPE, replace(recipe, stage="all", resume=True).to_yaml())
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a run has written this recipe: it then spells out every key, which nobody does by hand."""
+    values = None
+    with suppress(UsageError, UnicodeDecodeError):
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    own = {"name", "model", "pretrain", "finetune", "stage", "seed", "output_dir", "cache_features", "resume"}
+    return isinstance(values, dict) and own <= values.keys()
+
+
+def _work_of(recipe: Recipe, stages: Iterable[str]) -> list[Path]:
+    """Checkpoints and models that the stages have left in the output folder."""
+    return [
+        path for stage in stages for name in ("checkpoint-*", "model") for path in (recipe.output / stage).glob(name)
+    ]
+
+
+def _settings_until(recipe: Recipe, last: str) -> dict[str, Any]:
+    """What of a recipe the stages up to `last` rest on."""
+    values = asdict(replace(recipe, stage="all", resume=True))
+    has_new_tokenizer = isinstance(recipe.model.text, dict) and recipe.from_model is None
+    for stage in STAGES[STAGES.index(last) + 1 :]:
+        spec = values.pop(stage) or {}
+        if has_new_tokenizer:  # it has learnt from the data of all stages
+            values[f"{stage}.data"] = spec.get("data"), spec.get("image_root")
+    return values
+
+
+def trained_on(samples: Sequence[Sample], num_processes: int) -> dict[str, Any]:
+    """What decides which samples a step has, beside the recipe: their content and order, and the processes."""
+    paths = [path for sample in samples for path in sample.images]
+    root = os.path.commonpath(paths) if paths else ""  # the data may have moved with its images
+    digest = hashlib.sha256()
+    for sample in samples:
+        names = [os.path.relpath(path, root) for path in sample.images]
+        digest.update(json.dumps([sample.id, sample.messages, names]).encode())
+    return {"samples": digest.hexdigest(), "num_samples": len(samples), "num_processes": num_processes}
+
+
+def check_trained_on(checkpoint: Path, now: Mapping[str, Any], data: str) -> None:
+    """`UsageError` where the run would go on with other samples, or another order of them, than it began with."""
+    path = checkpoint / TRAINED_ON
+    if not path.exists():  # of a version that did not write it down
+        return
+    with translated(f"cannot go on from {checkpoint}", CheckpointError):
+        then = {key: json.loads(path.read_text(encoding="utf-8"))[key] for key in now}
+    remedy = "or start the stage anew with resume=false"
+    if then["num_processes"] != now["num_processes"]:
+        raise UsageError(
+            f"{checkpoint} is of a run with {then['num_processes']} processes, and this one has "
+            f"{now['num_processes']}: start as many, {remedy}"
+        )
+    if then["samples"] != now["samples"]:
+        raise UsageError(
+            f"{checkpoint} was trained on other data than {data} is now ({then['num_samples']} samples then, "
+            f"{now['num_samples']} now): restore it, {remedy}"
+        )
+
+
+def check_room(folder: Path, model: AcFormerForConditionalGeneration, stages: Mapping[str, StageSpec]) -> None:
+    """`CheckpointError` where the disk has not even room for each stage's model, and one of its checkpoints."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    needed = 0
+    for spec in stages.values():
+        needed += weights
+        if spec.training.get("save_strategy", "no") != "no":
+            trained = [p for name in spec.learning_rates for p in module_parameters(model)[name]]
+            needed += weights + 2 * sum(p.nbytes for p in trained)  # AdamW's two averages
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise CheckpointError(
+            f"no room in {folder}: the run writes at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        )
