@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,6 +33,7 @@ class FakeIndex:
     ranges: bool = True
     range_shift: int = 0
     length: bool = True
+    endless: bool = False
     cuts: list[int] = field(default_factory=list)  # bytes of the body to send before hanging up, per request
     failures: list[int] = field(default_factory=list)  # HTTP codes to answer first
     login: str | None = None
@@ -88,6 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.index.length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.index.endless and cuts is not None:
+            with suppress(OSError):  # until nobody reads
+                while True:
+                    self.wfile.write(body)
         self.wfile.write(body[: cuts.pop(0)] if cuts else body)
 
     def log_message(self, *_: object) -> None:
@@ -200,10 +206,73 @@ def test_an_index_without_the_file_says_so(index, tmp_path, kind):
         get(index, tmp_path)
 
 
-@pytest.mark.parametrize("page", ["<html>log in</html>", "[]", '{"files": 3}', '{"files": [{}]}'])
+NESTED = "[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["<html>log in</html>", "[]", '{"files": 3}', '{"files": [{}]}', NESTED, f'{{"files": {NESTED}'],
+    ids=lambda page: page[:20],
+)
 def test_something_else_than_an_index_says_so(index, tmp_path, page):
     index.page = page
     with pytest.raises(DataError, match="not a page of a package index"):
+        get(index, tmp_path)
+
+
+@pytest.mark.parametrize("url", [3, "http://[bad"])
+def test_a_link_that_is_none_says_so(index, tmp_path, url):
+    index.page = json.dumps({"files": [{"filename": NAME, "url": url}]})
+    with pytest.raises(DataError, match="not a page of a package index"):
+        get(index, tmp_path)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/a", "data:,x"])
+def test_a_link_to_something_else_than_the_web_is_not_followed(index, tmp_path, url):
+    index.page = json.dumps({"files": [{"filename": NAME, "url": url}]})
+    with pytest.raises(DataError, match="no file"):
+        get(index, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_with_letters_that_no_address_has(index, tmp_path):
+    index.page = json.dumps({"files": [{"filename": NAME, "url": f"../../files/\ud800{NAME}"}]})
+    with pytest.raises(DataError, match="not an address"):
+        get(index, tmp_path)
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_larger_file_than_expected_is_refused_before_it_is_written(index, tmp_path, length):
+    index.length = length
+    with pytest.raises(DataError, match=r"larger than the 100,000 bytes expected") as caught:
+        download_wheel("tiny-wheel", NAME, SHA, tmp_path, index_url=index.url, max_bytes=100_000, progress=False)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert len(index.files_asked()) == 1
+
+
+def test_an_endless_file_is_refused(index, tmp_path):
+    index.endless, index.length = True, False
+    with pytest.raises(DataError, match="larger than the 1,000,000 bytes expected"):
+        download_wheel("tiny-wheel", NAME, SHA, tmp_path, index_url=index.url, max_bytes=1_000_000, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_larger_part_than_expected_is_begun_anew(index, tmp_path):
+    (tmp_path / f"{NAME}.part").write_bytes(BODY + BODY)
+    wanted = "tiny-wheel", NAME, SHA, tmp_path
+    assert_whole(download_wheel(*wanted, index_url=index.url, max_bytes=len(BODY), progress=False))
+    assert index.files_asked() == [None]
+
+
+def test_an_index_page_is_read_up_to_a_limit(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MAX_PAGE", 10_000)
+    index.page = json.dumps({"files": [{"filename": "x" * 50_000, "url": "y"}]})
+    with pytest.raises(DataError, match="an index page of more than 10,000 bytes"):
+        get(index, tmp_path)
+    index.page = index.page[:9_000]
+    monkeypatch.setattr(download, "MAX_PAGE_SECONDS", 0.0)
+    with pytest.raises(DataError, match="or 0 seconds"):
         get(index, tmp_path)
 
 

@@ -3,6 +3,8 @@
 import os
 import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -175,7 +177,7 @@ def test_not_a_readable_file(tmp_path):
         (r"not a file name", "a\0b"),
         (r"cannot be read: <BytesIO>", closed),
         (r"not open in binary mode", StringIO("text")),
-        (r"expected a path, bytes or a binary file, got int", 0),
+        (r"expected a path, bytes, a binary file or a PIL image, got int", 0),
     ]:
         with pytest.raises(ImageError, match=message):
             load_image(source)
@@ -269,6 +271,187 @@ def test_threads():
         images = list(pool.map(load_image, sources * 50))
     assert {image.mode for image in images} == {"RGB"}
     assert warnings.filters == before
+
+
+def opened_files():
+    """Files of which PIL gives other pixels than `load_image`, in one way or another."""
+    exif = Image.Exif()
+    exif[274] = 6
+    image, clear = picture(), picture().convert("RGBA")
+    clear.putalpha(100)
+    deep = np.arange(24, dtype=np.uint16)[None] * 2700
+    yield from ((f"{f} turned", encode(image, f, exif=exif)) for f in ("JPEG", "PNG", "WEBP", "TIFF"))
+    yield from ((f"16-bit {f}", encode(Image.fromarray(deep), f)) for f in ("PNG", "TIFF"))
+    yield from ((f"{k.__name__} TIFF", encode(Image.fromarray(deep.astype(k)), "TIFF")) for k in (np.int32, np.float32))
+    yield from ((f"clear {f}", encode(clear, f)) for f in ("PNG", "WEBP", "TIFF"))
+    yield from ((f"palette {f}", encode(image.convert("P"), f, transparency=3)) for f in ("PNG", "GIF"))
+    yield from ((f"CMYK {f}", encode(image.convert("CMYK"), f)) for f in ("JPEG", "TIFF"))
+    yield from ((f"{m} PNG", encode(image.convert(m), "PNG")) for m in ("1", "L", "LA", "P"))
+    yield "1-bit BMP", encode(image.convert("1"), "BMP")
+    yield "MPO", encode(image, "MPO", save_all=True, append_images=[picture(seed=1)])
+    yield "GIF of two frames", encode(image, "GIF", save_all=True, append_images=[picture(seed=1)])
+
+
+@pytest.mark.parametrize(("name", "data"), [*opened_files()], ids=lambda value: value if isinstance(value, str) else "")
+def test_an_image_that_pil_has_opened_gives_the_pixels_of_its_file(name, data):
+    expected = load_image(data)
+    opened = Image.open(BytesIO(data))
+    before = dict(opened.info)
+    assert load_image(opened).tobytes() == expected.tobytes()
+    assert opened.info.items() >= before.items(), "it stays as it is"
+    again = load_image(opened)  # now decoded
+    assert (again.tobytes(), again.size, again.mode, again.info) == (expected.tobytes(), expected.size, "RGB", {})
+    assert load_image(opened.copy()).tobytes() == expected.tobytes()
+    assert load_image(expected).tobytes() == expected.tobytes()
+    assert load_image(expected) is not expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows", "key"),
+    [(2, 0, b"\0\x60", b"\0\1"), (4, 0, b"\0\x12", b"\0\1"), (16, 2, bytes(range(13)), bytes(range(1, 7)))],
+)
+def test_the_colour_key_of_a_png_that_pil_has_opened(depth, colour, rows, key):
+    data = png(2, 1, depth, colour, rows, (b"tRNS", key))
+    assert WHITE in row(data)
+    assert load_image(Image.open(BytesIO(data))).tobytes() == load_image(data).tobytes()
+
+
+def test_an_opened_image_that_cannot_be_used(tmp_path):
+    path = tmp_path / "cut.png"
+    path.write_bytes(encode(picture((64, 64)), "PNG")[:-500])
+    with pytest.raises(ImageError, match=r"truncated.* PNG: .*cut\.png"), Image.open(path) as opened:
+        load_image(opened)
+    with pytest.raises(ImageError, match="30 x 20 is over the limit of 599 pixels: <Image>"):
+        load_image(picture((30, 20)), limits=ImageLimits(max_pixels=599))
+    with pytest.raises(ImageError, match="without pixels"):
+        load_image(Image.new("RGB", (0, 3)))
+
+
+def progressive(size, scans):
+    """A progressive JPEG whose last scan is there so many times."""
+    data = encode(Image.new("L", size, 128), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    return data[:at] + data[at:-2] * scans + data[-2:]
+
+
+def tiff(*entries, data=b""):
+    """One directory of (tag, kind, count, value), then data."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + packed + bytes(4) + data
+
+
+def tiled(tile, size=(16, 16)):
+    strip = zlib.compress(bytes(1000))
+    at = 8 + 2 + 12 * 11 + 4
+    layout = [(256, 4, 1, size[0]), (257, 4, 1, size[1]), (322, 4, 1, tile[0]), (323, 4, 1, tile[1])]
+    pixels = [(258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1), (284, 3, 1, 1)]
+    return tiff(*layout, *pixels, (324, 4, 1, at), (325, 4, 1, len(strip)), data=strip)
+
+
+def overlapping(strips=2000, size=2_000_000):
+    """Strips of one row that all begin at one place and claim the whole file."""
+    at = 8 + 2 + 12 * 9 + 4
+    pixels = [(256, 4, 1, 100), (257, 4, 1, strips), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    table = struct.pack(f"<{2 * strips}I", *[at + 8 * strips] * strips, *[size] * strips)
+    arrays = [(273, 4, strips, at), (278, 4, 1, 1), (279, 4, strips, at + 4 * strips)]
+    return tiff(*pixels, *arrays, data=table + zlib.compress(bytes(100)) + bytes(size))
+
+
+def within(data, at, part, count):
+    return data[:at] + part * count + data[at:]
+
+
+def rle_bmp(body):
+    head = struct.pack("<IiiHHIIiiII", 40, 100, 100, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 1078 + len(body), 0, 0, 1078) + head + bytes(1024) + body
+
+
+def webp_header(width, height):
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas
+
+
+BIG = 2**20
+COSTLY = {
+    "scans": (lambda: progressive((2000, 2000), 1600), "scans are over the limit of 100"),
+    "90 scans": (lambda: progressive((2000, 2000), 85), None),
+    "segments": (lambda: within(encode(picture(), "JPEG"), 2, b"\xff\xfe\0\2", 8 * BIG), "JPEG of more than"),
+    "filling": (lambda: within(encode(picture(), "JPEG"), 2, b"\xff", 32 * BIG), None),
+    "chunks": (lambda: within(png(1, 1, 8, 0, b"\0\0"), 33, bytes(4) + b"IDAT5\xafe\x1e", 5 * BIG), "PNG of more than"),
+    "16 bits": (lambda: png(5000, 5000, 16, 0, bytes(5000 * 10001)), None),
+    "tile": (lambda: tiled((30000, 30000)), "tiles of 30000 x 30000 for an image of 16 x 16"),
+    "small tile": (lambda: tiled((4096, 4096)), "truncated, damaged"),
+    "strips": (overlapping, "truncated or damaged TIFF"),
+    "samples": (lambda: tiff((258, 3, 8 * BIG, 26), data=bytes(16 * BIG)), "TIFF of more than"),
+    "blocks": (lambda: within(encode(picture(), "GIF"), 781, b"!\xfe\0", 10 * BIG), "GIF of more than"),
+    "junk": (lambda: within(encode(picture(), "GIF"), 781, b"x", 32 * BIG), None),
+    "comment": (lambda: within(encode(picture(), "GIF"), 781, b"!\xfe" + (b"\1x" * 20000) + b"\0", 1), None),
+    "runs": (lambda: rle_bmp(bytes(16 * BIG)), "run-length encoded BMP of more than"),
+    "canvas": (lambda: webp_header(16383, 16383), "16383 x 16383 is over the limit"),
+}
+MEASURE = """
+import resource, sys, time
+from acformer.images import load_image
+from acformer.errors import ImageError
+load_image(sys.argv[1])
+for path in sys.argv[2:]:
+    open("/proc/self/clear_refs", "w").write("5")
+    peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+    before, start = peak(), time.process_time()
+    try:
+        width, height = load_image(path).size
+        said = f"{width * height}"
+    except ImageError as error:
+        said = str(error)
+    print(time.process_time() - start, peak() - before, said)
+"""
+
+
+def costs(folder, files):
+    """Seconds, bytes and outcome of each file, in a process of its own."""
+    paths = [folder / str(number) for number in range(len(files) + 1)]
+    for path, data in zip(paths, [encode(picture(), "PNG"), *files], strict=True):
+        path.write_bytes(data)
+    command = [sys.executable, "-c", MEASURE, *map(str, paths)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    fields = [line.split(maxsplit=2) for line in lines]
+    return [(float(seconds), int(size), said) for seconds, size, said in fields]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")
+def test_no_file_costs_more_than_its_pixels_and_bytes_justify(tmp_path):
+    files = [make() for make, _ in COSTLY.values()]
+    for (name, (_, reason)), data, (seconds, size, said) in zip(
+        COSTLY.items(), files, costs(tmp_path, files), strict=True
+    ):
+        assert said.isdigit() if reason is None else reason in said, (name, said)
+        pixels = int(said) if reason is None else 4096 * 4096 if name == "small tile" else 0
+        assert size < 20 * pixels + 4 * len(data) + 30e6, (name, size)
+        assert seconds < 5, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")
+def test_the_stated_bound_of_the_largest_images(tmp_path):
+    side, exif = 8000, Image.Exif()
+    exif[274] = 6
+    rgba = Image.new("RGBA", (side, side), (1, 2, 3, 4))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    scans = encode(noise, "JPEG", progressive=True, quality=60, exif=exif)
+    at = scans.rindex(b"\xff\xda")
+    files = [
+        encode(rgba, "WEBP", save_all=True, append_images=[picture((side, side))], lossless=True, method=0, exif=exif),
+        encode(noise.convert("CMYK"), "JPEG", progressive=True, quality=50, subsampling=0, exif=exif),
+        scans[:-2] + scans[at : at + 30] * 85 + scans[-2:],
+        encode(rgba, "PNG", compress_level=1, exif=exif),
+        png(side, side, 16, 6, bytes(side * (side * 8 + 1))),
+        encode(Image.new("F", (side, side), 0.5), "TIFF", compression="tiff_adobe_deflate"),
+        rle_bmp(b"\1\0" * (4 * BIG - 2000)),
+    ]
+    limits = ImageLimits()
+    for number, (seconds, size, _) in enumerate(costs(tmp_path, files)):
+        assert size < 20 * limits.max_pixels + 4 * limits.max_bytes, number
+        assert seconds < 15, number
 
 
 def seeds():

@@ -187,3 +187,21 @@ def test_real_encoder_looks_at_the_object():
     anchors = find_anchors(image, load_vision_encoder("embedded:dinov2-s14"), processor, 12)
     near = [11 <= row <= 17 and 14 <= column <= 20 for row, column in anchors.positions]
     assert sum(near) >= 10
+
+
+def test_an_opened_image_is_taken_as_its_file(tmp_path, folder, encoder):
+    """Turned upright, sixteen bits kept: what PIL has opened, by path, in the search, the drawing and the figure."""
+    exif = Image.Exif()
+    exif[274] = 6
+    turned, deep = tmp_path / "turned.jpg", tmp_path / "deep.png"
+    picture(64, 32).save(turned, exif=exif)
+    Image.fromarray(np.arange(64 * 32, dtype=np.uint16).reshape(32, 64) * 30).save(deep)
+    processor = square_image_processor(encoder.tower, 56)
+    for path in (turned, deep):
+        by_path, opened = (find_anchors(source, encoder, processor, 5) for source in (path, Image.open(path)))
+        assert torch.equal(by_path.scores, opened.scores)
+        drawn = [draw_anchors(source, [1], (4, 4)) for source in (path, Image.open(path))]
+        assert drawn[0].tobytes() == drawn[1].tobytes()
+        shown = [show_anchors(source, encoder, 5, image_size=56) for source in (path, Image.open(path))]
+        images = [[axes.images[0].get_array() for axes in figure.axes] for figure in shown]
+        assert all(np.array_equal(one, other) for one, other in zip(*images, strict=True))

@@ -2,7 +2,8 @@
 
 The file is found through the simple index (PEP 691 JSON, else PEP 503 HTML), written to `<file>.part`,
 resumed with a Range request after a cut, checked against a pinned sha256 and only then renamed. Unlike
-`pip download` it resumes, needs no pip and runs nothing. Proxies and `SSL_CERT_FILE` are honoured.
+`pip download` it resumes, needs no pip and runs nothing. Proxies and `SSL_CERT_FILE` are honoured. A server is not
+trusted with more than the bytes that are expected of it.
 """
 
 import json
@@ -38,6 +39,9 @@ BACKOFF = 0.5  # seconds before the second attempt; doubles
 INDEX_ATTEMPTS, FILE_ATTEMPTS = 2, 6
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 CHUNK = 1 << 16
+MAX_PAGE = 16 * 2**20  # bytes of an index page; a project with a thousand files has half a megabyte
+MAX_PAGE_SECONDS = 120.0
+MAX_FILE = 2**30
 
 T = TypeVar("T")
 
@@ -53,11 +57,13 @@ def download_wheel(
     folder: Path,
     *,
     index_url: str | None = None,
+    max_bytes: int = MAX_FILE,
     progress: bool = True,
 ) -> Path:
     """`folder/filename`, downloaded unless it is there already with that `sha256`.
 
-    Errors: `DataError` when the index cannot be reached, has no such file, or serves another one.
+    Errors: `DataError` when the index cannot be reached, has no such file, or serves another one or one of more than
+    `max_bytes`, of which no more is written.
     """
     target, part = folder / filename, folder / f"{filename}.part"
     if target.is_file() and file_sha256(target) == sha256:
@@ -67,7 +73,7 @@ def download_wheel(
     url = _find_file(opener, index, project, filename)
     while True:
         resumed = part.exists()
-        _retry(lambda: _transfer(opener, url, part, progress), FILE_ATTEMPTS, _cut_message(url, part))
+        _retry(lambda: _transfer(opener, url, part, max_bytes, progress), FILE_ATTEMPTS, _cut_message(url, part))
         if (got := file_sha256(part)) == sha256:
             part.replace(target)
             return target
@@ -122,22 +128,27 @@ def _find_file(opener: OpenerDirector, index: str, project: str, filename: str) 
         raise DataError(f"{page}: HTTP {error.code} {error.reason}; set PIP_INDEX_URL to another index") from error
     try:
         links = _json_links(body) if "json" in kind else _html_links(body)
-    except (ValueError, KeyError, TypeError) as error:
+        urls = [urldefrag(urljoin(base, href)).url for name, href in links if name == filename]
+        schemes = {urlsplit(url).scheme for url in urls}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{page}: not a page of a package index; see PIP_INDEX_URL") from error
-    for name, href in links:
-        if name == filename:
-            return urldefrag(urljoin(base, href)).url
+    if urls and schemes <= {"http", "https"}:
+        return urls[0]
     raise DataError(f"{page}: no file {filename} there; set PIP_INDEX_URL to an index such as {PYPI}")
 
 
 def _get(opener: OpenerDirector, url: str) -> tuple[str, str, str]:
     """Final address, content type and text of a page."""
+    body, started = bytearray(), time.monotonic()
     with _open(opener, url, {"Accept": ACCEPT}) as response:
-        return (
-            response.geturl(),
-            response.headers.get_content_type(),
-            b"".join(_read(response)).decode(errors="replace"),
-        )
+        for chunk in _read(response):
+            body += chunk
+            if len(body) > MAX_PAGE or time.monotonic() - started > MAX_PAGE_SECONDS:
+                raise DataError(
+                    f"{url}: an index page of more than {MAX_PAGE:,} bytes or {MAX_PAGE_SECONDS:.0f} seconds; "
+                    "set PIP_INDEX_URL to another index"
+                )
+        return response.geturl(), response.headers.get_content_type(), body.decode(errors="replace")
 
 
 def _json_links(body: str) -> list[tuple[str, str]]:
@@ -156,9 +167,12 @@ def _html_links(body: str) -> list[tuple[str, str]]:
     return links
 
 
-def _transfer(opener: OpenerDirector, url: str, part: Path, progress: bool) -> None:
+def _transfer(opener: OpenerDirector, url: str, part: Path, max_bytes: int, progress: bool) -> None:
     """Bring `part` to its full length, from where it stands."""
     start = part.stat().st_size if part.exists() else 0
+    if start > max_bytes:
+        part.unlink()
+        start = 0
     try:
         response = _open(opener, url, {"Range": f"bytes={start}-"} if start else {})
     except HTTPError as error:
@@ -172,18 +186,30 @@ def _transfer(opener: OpenerDirector, url: str, part: Path, progress: bool) -> N
             part.unlink(missing_ok=True)
             raise _Dropped("the server sent another range than asked for")
         total = None if response.length is None else start + response.length
-        done = _append(part, start, total, _read(response), progress)
+        if total is not None and total > max_bytes:
+            raise _too_large(url, max_bytes, part)
+        done = _append(part, start, total, _read(response), max_bytes, progress)
+    if done > max_bytes:
+        raise _too_large(url, max_bytes, part)
     if total is not None and done != total:
         raise _Dropped(f"got {done} of {total} bytes")
 
 
-def _append(part: Path, start: int, total: int | None, chunks: Iterator[bytes], progress: bool) -> int:
+def _too_large(url: str, max_bytes: int, part: Path) -> DataError:
+    part.unlink(missing_ok=True)
+    return DataError(f"{url}: not the file: larger than the {max_bytes:,} bytes expected; set PIP_INDEX_URL to another")
+
+
+def _append(part: Path, start: int, total: int | None, chunks: Iterator[bytes], max_bytes: int, progress: bool) -> int:
+    """Write at most a chunk more than `max_bytes`; returns the length of the file."""
     quiet = None if progress else True  # None: only on a terminal
     bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=quiet)
     with bar, part.open("ab" if start else "wb") as file:
         for chunk in chunks:
             file.write(chunk)
             bar.update(len(chunk))
+            if file.tell() > max_bytes:
+                break
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
@@ -197,6 +223,8 @@ def _open(opener: OpenerDirector, url: str, headers: dict[str, str]) -> Any:
         if error.code not in TRANSIENT:
             raise
         raise _Dropped(f"HTTP {error.code} {error.reason}") from error
+    except UnicodeError as error:
+        raise DataError(f"not an address: {url!a}") from error
     except (OSError, HTTPException) as error:
         raise _Dropped(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
@@ -204,7 +232,7 @@ def _open(opener: OpenerDirector, url: str, headers: dict[str, str]) -> Any:
 def _read(response: Any) -> Iterator[bytes]:
     """The body in chunks; only here does an `OSError` mean the network and not the disk."""
     try:
-        while chunk := response.read(CHUNK):
+        while chunk := response.read1(CHUNK):  # what has come, where `read` would wait for all of it
             yield chunk
     except (OSError, HTTPException) as error:
         raise _Dropped(str(error) or type(error).__name__) from error

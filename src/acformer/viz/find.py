@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from acformer.anchors.search import quotas, select_anchors
 from acformer.errors import UsageError
+from acformer.images import ImageSource, load_image
 from acformer.vision.features import VisionFeatures
 
 
@@ -59,20 +59,20 @@ def anchors_by_head(scores: Float[Tensor, "H N"], num_anchors: int) -> tuple[tup
 
 
 def find_anchors(
-    image: Image.Image, encoder: Callable[[Tensor], VisionFeatures], image_processor: Any, num_anchors: int = 64
+    image: ImageSource, encoder: Callable[[Tensor], VisionFeatures], image_processor: Any, num_anchors: int = 64
 ) -> Anchors:
     """The anchors of a picture, by the progressive search over the encoder's [CLS] attention (Sec. 3.3).
 
     Args:
-        image: RGB, as `load_image` gives it.
+        image: whatever `load_image` reads.
         encoder: from `load_vision_encoder`, or a model's `get_vision_features` (with the model on the CPU, in float32).
         image_processor: what makes its pixels, such as `square_image_processor(...)` or a model's own.
         num_anchors: how many patches to keep.
 
     Raises:
-        UsageError: the encoder gives no [CLS] attention, or has fewer patches than that.
+        UsageError: the encoder gives no [CLS] attention, or has fewer patches than that. ImageError: no such image.
     """
-    pixels = image_processor(image, return_tensors="pt")["pixel_values"]
+    pixels = image_processor(load_image(image), return_tensors="pt")["pixel_values"]
     if isinstance(encoder, nn.Module):
         weight = next(encoder.parameters())
         pixels = pixels.to(weight.device, weight.dtype)

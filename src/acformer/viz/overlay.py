@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from acformer.errors import UsageError
+from acformer.images import ImageSource, load_image
 
 MIN_SIDE = 640  # pixels of the longer side, at least: a patch of 24 x 24 is then 26 wide
 
@@ -19,12 +20,12 @@ DARK: Colour = (0, 0, 0)
 
 
 def draw_anchors(
-    image: Image.Image, indices: Sequence[int], grid: tuple[int, int], *, pad_to_square: bool = False
+    image: ImageSource, indices: Sequence[int], grid: tuple[int, int], *, pad_to_square: bool = False
 ) -> Image.Image:
     """A copy of the picture, enlarged if small, with the patches outlined: bright on a dark rim.
 
     Args:
-        image: RGB, as `load_image` gives it.
+        image: whatever `load_image` reads.
         indices: patches, 0..h*w-1.
         grid: (h, w) patches.
         pad_to_square: the encoder sees the picture padded to a square, not squashed into one.
@@ -35,7 +36,7 @@ def draw_anchors(
     outside = [index for index in indices if not 0 <= index < grid[0] * grid[1]]
     if outside:
         raise UsageError(f"patch {outside[0]} is outside the grid of {grid[0]} x {grid[1]}")
-    drawn = _enlarge(image.convert("RGB"))
+    drawn = _enlarge(load_image(image))
     boxes = [patch_box(index, grid, drawn.size, pad_to_square) for index in indices]
     line = max(2, round(max(drawn.size) / 320))
     draw = ImageDraw.Draw(drawn)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show_anchors(
-    image: Image.Image | ImageSource,
+    image: ImageSource,
     encoder: VisionEncoder | str = "embedded:dinov2-s14",
     num_anchors: int = 64,
     *,
@@ -26,7 +26,7 @@ def show_anchors(
     """The picture, its anchors outlined, and the mean [CLS] attention, side by side: a matplotlib figure.
 
     Args:
-        image: a picture, or whatever `load_image` reads.
+        image: whatever `load_image` reads.
         encoder: a hub name, a folder, `embedded:dinov2-s14`, or one that `load_vision_encoder` made.
         num_anchors: how many patches to keep.
         image_size: pixels a side that the encoder is fed; the picture is padded to a square, as LLaVA does.
@@ -36,7 +36,7 @@ def show_anchors(
     """
     from acformer.viz.drawing import Drawing  # matplotlib is slow to import
 
-    picture = image.convert("RGB") if isinstance(image, Image.Image) else load_image(image)
+    picture = load_image(image)
     loaded = load_vision_encoder(encoder) if isinstance(encoder, str) else encoder
     require_whole_patches(loaded.tower.config, image_size)
     anchors = find_anchors(picture, loaded, square_image_processor(loaded.tower, image_size), num_anchors)

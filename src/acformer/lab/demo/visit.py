@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from PIL import Image
-
 from acformer.errors import UsageError
 from acformer.images import ImageSource, load_image
 from acformer.lab.demo.look import Eye, Look
@@ -51,9 +49,9 @@ class Guide:
         if not self.eyes:
             raise UsageError("the page needs a model or an encoder")
 
-    def open(self, source: Image.Image | ImageSource) -> Visit:
+    def open(self, source: ImageSource) -> Visit:
         """A new picture: pins and answers of the old one are gone. `ImageError`: it cannot be read."""
-        picture = source if isinstance(source, Image.Image) else load_image(source)
+        picture = load_image(source)
         return Visit(tuple(eye(picture) for eye in self.eyes))
 
     def ask(self, visit: Visit, question: str, num_tokens: int) -> Visit:
