@@ -24,6 +24,25 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden sibling to write, which takes the place of `path` at the end: whole, or not at all."""
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader, and whoever comes after a crash, sees the old text or the new one."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty hidden sibling to fill, which takes the place of `folder` at the end: whole, or not at all."""
     staging = folder.with_name(f".{folder.name}.partial")
