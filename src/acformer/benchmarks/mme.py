@@ -48,21 +48,19 @@ class Mme(Benchmark):
         """The release's folders of categories, or a folder of results (`CATEGORY.txt`), or lmms-eval's table."""
         if table := folder.parquet():
             return _in_pairs(table.questions(_of_table), folder)
-        lines = list(_lines(folder))
-        released = [line for line in lines if len(line.cells) == 2]
-        found = [_question(line) for line in released or lines]
-        if not found:
+        lines = list(_released(folder)) or list(_results(folder))
+        if not lines:
             raise DataError(f"{folder.root} has no folders of MME's categories ({', '.join(CATEGORIES[:3])}, ...)")
-        return _in_pairs(found, folder)
+        return _in_pairs([_question(line) for line in lines], folder)
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Also the folder of results that its script takes: `CATEGORY.txt`, image, question, truth, answer a line."""
         if not path.is_dir() and path.suffix != ".zip":
             return super().read_answers(path)
-        lines = [line for line in _lines(Folder(path)) if len(line.cells) == 4]
+        lines = list(_results(Folder(path)))
         if not lines:
             raise DataError(f"{path} has no results of MME's: CATEGORY.txt with image, question, truth, answer")
-        return [Answer(line.id, line.cells[3], line.cells[1]) for line in lines]
+        return [Answer(line.id, line.answer, line.question) for line in lines]
 
     def measure(self, questions: Sequence[Question], texts: Texts, protocol: str) -> Measure:
         """See `protocols`."""
@@ -79,11 +77,13 @@ class Mme(Benchmark):
 
 
 class Line(NamedTuple):
-    """A line of a text file: `image` is its stem; the cells are question and truth, or image to answer."""
+    """A line of a text file; `image` is the stem of its name."""
 
     category: str
     image: str
-    cells: list[str]
+    question: str
+    truth: str
+    answer: str = ""
 
     @property
     def id(self) -> str:
@@ -91,39 +91,50 @@ class Line(NamedTuple):
         return f"{self.category}/{self.image}"
 
 
-def _lines(folder: Folder) -> Iterator[Line]:
-    """Of the text files of categories: one an image in the release, one a category in results."""
+def _released(folder: Folder) -> Iterator[Line]:
+    """CATEGORY/IMAGE.txt or CATEGORY/questions_answers_YN/IMAGE.txt: question and truth."""
+    for file, path in _text_files(folder):
+        category = next((part for part in path.parts[-3:-1][::-1] if part in CATEGORIES), None)
+        if category:
+            for question, truth in _cells(file, 2):
+                yield Line(category, path.stem, question, truth)
+
+
+def _results(folder: Folder) -> Iterator[Line]:
+    """CATEGORY.txt: image, question, truth and answer."""
+    for file, path in _text_files(folder):
+        if path.stem in CATEGORIES:
+            for image, question, truth, answer in _cells(file, 4):
+                yield Line(path.stem, PurePosixPath(image).stem, question, truth, answer)
+
+
+def _text_files(folder: Folder) -> Iterator[tuple[File, PurePosixPath]]:
     for file in folder.files:
         path = PurePosixPath(str(file).replace("\\", "/"))
-        if path.suffix != ".txt":
-            continue
-        category = next((part for part in reversed(path.parts[:-1]) if part in CATEGORIES), None)
-        if path.stem in CATEGORIES:
-            yield from (Line(path.stem, PurePosixPath(cells[0]).stem, cells) for cells in _cells(file, 4))
-        elif category:
-            yield from (Line(category, path.stem, cells) for cells in _cells(file, 2))
+        if path.suffix == ".txt":
+            yield file, path
 
 
 def _cells(file: File, num: int) -> Iterator[list[str]]:
+    """The cells of each line, the truth among them being yes or no."""
     with readable(file):
         lines = read_bytes(file).decode("utf-8-sig").split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             cells = [cell.strip() for cell in line.split("\t")]
-            if len(cells) != num or cells[1 if num == 2 else 2].lower() not in ("yes", "no"):
+            if len(cells) != num or cells[num // 2].lower() not in ("yes", "no"):
                 what = "question, yes or no" if num == 2 else "image, question, yes or no, answer"
                 raise DataError(f"{file}, line {number}: not {what}, with tabs between")
             yield cells
 
 
 def _question(line: Line) -> Question:
-    asked, truth = line.cells if len(line.cells) == 2 else line.cells[1:3]
     return Question(
         id=line.id,
         names=(f"{line.category}/images/{line.image}",),
-        text=asked.removesuffix(YES_OR_NO).strip(),
+        text=line.question.removesuffix(YES_OR_NO).strip(),
         image=line.id,
-        answers=(truth.lower(),),
+        answers=(line.truth.lower(),),
         category=line.category,
     )
 

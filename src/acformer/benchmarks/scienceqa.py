@@ -49,9 +49,10 @@ class ScienceQA(Benchmark):
             return [_question(record, subjects, self.suffix) for record in read_records(file)]
 
     def answered(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Sequence[Question]:
-        """Those with an image may be answered alone."""
+        """Those with an image may be answered alone, as lmms-eval does."""
         with_image = [question for question in questions if question.image]
-        return with_image if len(answers) == len(with_image) else questions
+        alone = {answer.id for answer in answers} <= {None, *(question.id for question in with_image)}
+        return with_image if alone and len(answers) == len(with_image) else questions
 
     def measure(self, questions: Sequence[Question], texts: Texts, protocol: str) -> Measure:
         """See `protocols`."""
