@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test test-embedded test-slow test-conformance test-compat test-extras check fix docs bench clean
+.PHONY: quickstart test test-embedded test-slow test-benchmarks test-conformance test-compat test-extras check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -25,6 +25,10 @@ test-extras: $(VENV)-extras/.extras
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
+
+# Published answers must score what was published; they lie in ACFORMER_SHARED, by default ../shared.
+test-benchmarks: $(VENV)/.dev
+	$(BIN)/pytest -m benchmarks -rs
 
 test-conformance: $(VENV)/.dev
 	$(BIN)/pytest -m conformance

@@ -96,8 +96,8 @@ def imported(*arguments: str) -> set[str]:
     return set(result.stdout.rsplit("loaded:", 1)[1].split())
 
 
-COMMANDS = ["quickstart", "fetch", "train", "eval", "ask", "anchors", "visualize", "stats", "demo", "connectors"]
-COMMANDS += ["selectors", "bench", "reproduce"]
+COMMANDS = ["quickstart", "fetch", "train", "eval", "score", "ask", "anchors", "visualize", "stats", "demo"]
+COMMANDS += ["connectors", "selectors", "bench", "reproduce"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -108,6 +108,13 @@ def test_help_imports_nothing_heavy(command):
 def test_a_typo_is_told_before_torch_is_imported():
     assert imported("train", "tinny") == set()
     assert imported("anchors", "/no/such/picture.png") <= {"numpy"}
+
+
+def test_scoring_needs_no_torch(tmp_path):
+    import benchmark_files
+
+    answers = benchmark_files.lines(tmp_path / "answers.jsonl", benchmark_files.write("pope", tmp_path))
+    assert imported("score", "pope", "--answers", str(answers), "--json") == {"numpy"}
 
 
 def test_the_readmes_python_runs(tmp_path):

@@ -100,7 +100,7 @@ def bootstrap(
 
     Questions about one picture stand or fall together, so drawing single questions would look too sure.
     """
-    picks = np.random.default_rng(seed).integers(0, len(by_group), size=(draws, len(by_group)))
-    times = np.stack([np.bincount(pick, minlength=len(by_group)) for pick in picks])
-    low, high = np.quantile(score(times @ by_group), [0.025, 0.975])
+    random, groups = np.random.default_rng(seed), len(by_group)
+    sums = [np.bincount(random.integers(0, groups, size=groups), minlength=groups) @ by_group for _ in range(draws)]
+    low, high = np.quantile(score(np.stack(sums)), [0.025, 0.975])
     return float(low), float(high)
