@@ -106,11 +106,11 @@ def test_files(encoder, tmp_path, monkeypatch):
     assert {line.count("|") for line in lines} == {11}
     assert "3 crops of 1 scikit-image photographs (they overlap), 8 anchors each" in text.replace("\n", " ")
 
-    tiny.picture().save(tmp_path / "picture.png")
-    paths = [tmp_path / "picture.png"]
-    told = bench_agreement(encoder, paths, [], num_anchors=8, image_size=28, out=tmp_path / "own", progress=False)
-    assert "1 pictures" in told
-    assert f"--vision {encoder} --images {paths[0]} --device cpu --tokens 9`" in told
+    tiny.picture().save(tmp_path / "image.png")
+    paths = [tmp_path / "image.png"]
+    text = bench_agreement(encoder, paths, [], num_anchors=8, image_size=28, out=tmp_path / "own", progress=False)
+    assert "1 images" in text
+    assert f"--vision {encoder} --images {paths[0]} --device cpu --tokens 9`" in text
 
 
 @pytest.mark.embedded

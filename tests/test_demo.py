@@ -21,7 +21,7 @@ from acformer.anchors.selectors import SELECTORS
 from acformer.data.datasets import DATASETS
 from acformer.errors import CheckpointError, ImageError, UsageError
 from acformer.evaluate.generate import ask
-from acformer.lab.bench.floors import kv_bytes
+from acformer.lab.bench.roofline import kv_bytes
 from acformer.lab.commands import demo
 from acformer.lab.demo.canvas import View, draw
 from acformer.lab.demo.examples import ANY_MODEL, pictures, questions, trained_on

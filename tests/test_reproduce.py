@@ -1,4 +1,4 @@
-"""A table in small: two connectors, two seeds, three steps a stage, on pictures of one colour."""
+"""A table in small: two connectors, two seeds, three steps a stage, on images of one colour."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,16 +22,15 @@ from acformer.connectors import CONNECTORS, Geometry, build_connector, list_conn
 from acformer.connectors.mlp import MLPConnector
 from acformer.errors import AcFormerError, DataError, UsageError
 from acformer.hf.build import build_model
-from acformer.lab.reproduce import execute, figure, run_plan, runs
+from acformer.lab.reproduce import execute, plot_scores, run_plan, runs
 from acformer.lab.reproduce.execute import Task, answer_loss
-from acformer.lab.reproduce.figure import draw_figure
 from acformer.lab.reproduce.plans import (
     SCALES,
     TABLES,
     Plan,
-    Row,
     Scale,
     Search,
+    TableRow,
     chosen_rows,
     every_connector,
     plan_for,
@@ -46,14 +46,14 @@ from acformer.training.stages import train
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-ROWS = (Row("acformer", "acformer"), Row("mlp", "mlp"))
+ROWS = (TableRow("acformer", "acformer"), TableRow("mlp", "mlp"))
 CHANGED = ("finetune.training.max_steps=6",)
 GEOMETRY, SMALL = Geometry(32, 32, (4, 4), 1), {"num_anchors": 4, "depth": 1, "num_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Twelve pictures with a question and a caption each, a vision tower, and the recipe `mini.yaml`."""
+    """Twelve images with a question and a caption each, a vision tower, and the recipe `mini.yaml`."""
     folder = tmp_path_factory.mktemp("data")
     questions, captions = [], []
     for number in range(12):
@@ -311,7 +311,7 @@ class Broken(MLPConnector):
 
 def test_a_failing_run_is_told_and_the_others_go_on(copied, plan, monkeypatch):
     monkeypatch.setitem(CONNECTORS, "broken", Broken)
-    rows = (Row("broken", "broken"), Row("unheard", "perceiver", {"num_heads": "x"}), ROWS[1])
+    rows = (TableRow("broken", "broken"), TableRow("unheard", "perceiver", {"num_heads": "x"}), ROWS[1])
     more = replace(plan, rows=rows, scale=replace(plan.scale, seeds=3))
     with pytest.raises(AcFormerError, match=r"4 runs failed.*broken-T16-seed0: .*RuntimeError: out of ideas") as caught:
         copied(more)
@@ -345,7 +345,7 @@ def test_processes_share_the_work(plan, tmp_path, monkeypatch):
 
 def test_a_worker_that_does_not_know_a_connector_says_so(plan, tmp_path, monkeypatch):
     monkeypatch.setitem(CONNECTORS, "mine", MLPConnector)  # here alone, as in a script's `__main__`
-    (cell,) = cells_of(replace(plan, rows=(Row("mine", "mine"),)))
+    (cell,) = cells_of(replace(plan, rows=(TableRow("mine", "mine"),)))
     task = Task(cell.runs[0], tmp_path / "results", tmp_path / "work")
     with tqdm(total=1, disable=True) as bar:
         run_tasks([task], 2, bar)
@@ -459,6 +459,13 @@ def test_students_t_is_the_books(freedom, expected):
     assert student_t(freedom) == pytest.approx(expected, abs=5e-4)  # to the digits that books give
 
 
+def test_a_missing_scipy_is_told_before_anything_is_trained(plan, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(UsageError, match=r"need scipy .*: pip install 'acformer\[lab\]'"):
+        reproduce(plan, tmp_path / "results", tmp_path / "work", progress=False)
+    assert not (tmp_path / "results").exists()
+
+
 def test_mean_and_interval_by_hand():
     mean, half = mean_interval([0.1, 0.2, 0.3])
     assert (mean, half) == pytest.approx((0.2, 4.303 * 0.1 / math.sqrt(3)), rel=1e-4)
@@ -520,9 +527,9 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     assert "`mlp` over all tokens: 86.0 (aim 85); blind: 40.0 (aim under 40)." in text
     assert "- e_vit-T33-seed0: DivergedError: loss is nan" in text
     assert "0.5 of the samples" in text
-    draw_figure(page, cells, tmp_path / "figure")
+    plot_scores.plot_scores(page, cells, tmp_path / "figure")
     svg = (tmp_path / "figure.svg").read_text()
-    draw_figure(page, cells, tmp_path / "figure")
+    plot_scores.plot_scores(page, cells, tmp_path / "figure")
     assert (tmp_path / "figure.svg").read_text() == svg
 
 
@@ -532,8 +539,9 @@ def test_rows_that_were_not_timed_are_left_out_of_the_first_panel(page, tmp_path
     def spy(axes, names, cells, data, along):
         panels.append([(cell.name, along(cell)) for cell in cells])
 
-    monkeypatch.setattr(figure, "_lines", spy)
-    draw_figure(page, [measured("mlp", [0.9], step=None), measured("acformer", [0.8], step=0.3)], tmp_path / "figure")
+    monkeypatch.setattr(plot_scores, "_lines", spy)
+    cells = [measured("mlp", [0.9], step=None), measured("acformer", [0.8], step=0.3)]
+    plot_scores.plot_scores(page, cells, tmp_path / "figure")
     assert panels == [[("acformer", 0.3)], [("mlp", 1.0), ("acformer", 1.0)]]
 
 
@@ -608,7 +616,7 @@ def test_tables_come_from_the_registries():
     assert "acformer-stochastic" in [row.name for row in rows.rows]
     rows = [row for table in TABLES.values() for row in table.rows()]
     assert {CONNECTORS.resolve(row.connector).name for row in rows} <= set(CONNECTORS)
-    assert chosen_rows(plan_for("table3", "cpu"), ["top_p"]) == (Row("direct", "direct"),)
+    assert chosen_rows(plan_for("table3", "cpu"), ["top_p"]) == (TableRow("direct", "direct"),)
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -643,7 +651,7 @@ def test_stacks_take_the_recipes_sizes_and_others_their_own():
     model = ModelSpec("vision", "text", connector_kwargs={"num_anchors": 16, "depth": 2})
     geometry = Geometry(384, 64, (16, 16), 1)
     sizes = {"q_former": {"depth": 3}}
-    options = {name: row_options(Row(name, name), model, sizes, geometry, 33) for name in CONNECTORS}
+    options = {name: row_options(TableRow(name, name), model, sizes, geometry, 33) for name in CONNECTORS}
     assert options["acformer"] == {"num_anchors": 32, "depth": 2}
     assert options["perceiver"] == {"num_queries": 33, "depth": 2}
     assert options["q_former"] == {"num_queries": 33, "depth": 3}

@@ -1,7 +1,8 @@
-"""Scenes: pure, apart, whole; every answer worked out a second time from what is where; pictures as laid out."""
+"""Scenes: pure, apart, whole; every answer worked out a second time from what is where; images as laid out."""
 
 import hashlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -20,25 +21,25 @@ from acformer.evaluate.report import as_reply, training_questions
 from acformer.fetch.embedded import embedded_path
 from acformer.lab.scenes import dataset
 from acformer.lab.scenes.captions import caption
-from acformer.lab.scenes.dataset import picture_path, scene_samples, undrawn_samples
+from acformer.lab.scenes.dataset import image_path, scene_samples, undrawn_samples
+from acformer.lab.scenes.difficulty import DIFFICULTIES, SPLITS, lookalikes, nouns_by_name, word_list
 from acformer.lab.scenes.layout import MAX_OVERLAP, SIDE, has_novel_pair, make_scene, place_name, size_name
-from acformer.lab.scenes.levels import LEVELS, SPLITS, lookalikes, nouns_by_name, word_list
 from acformer.lab.scenes.questions import ask, popular_names
 
-FULL, SMALL = LEVELS["openmoji-scenes"], LEVELS["openmoji-scenes-small"]
+FULL, SMALL = DIFFICULTIES["openmoji-scenes"], DIFFICULTIES["openmoji-scenes-small"]
 COUNT = 150  # scenes a split in the checks of all kinds of scenes
-levels = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
+difficulties = pytest.mark.parametrize("difficulty", DIFFICULTIES.values(), ids=list(DIFFICULTIES))
 
 
-def scenes(level, split, count=COUNT):
-    return [make_scene(level, split, number) for number in range(count)]
+def scenes(difficulty, split, count=COUNT):
+    return [make_scene(difficulty, split, number) for number in range(count)]
 
 
-def fingerprint(level, numbers) -> str:
+def fingerprint(difficulty, numbers) -> str:
     """Of layouts, to a thousandth of a pixel, captions and questions of test scenes, whatever the order."""
     made = {}
     for number in numbers:
-        scene = make_scene(level, "test", number)
+        scene = make_scene(difficulty, "test", number)
         laid = [(t.text, round(t.x, 3), round(t.y, 3), round(t.height, 3)) for t in scene.objects + scene.words]
         asked = [(q.kind, q.text, q.answer, q.variant) for q in ask(scene, thorough=True)]
         made[number] = (laid, caption(scene), asked)
@@ -50,34 +51,34 @@ def fingerprint(level, numbers) -> str:
 )
 def test_a_scene_is_the_same_in_any_order_and_process(name, known):
     """What everybody has as `VERSION`; who changes it on purpose raises that, and this."""
-    assert fingerprint(LEVELS[name], range(20)) == fingerprint(LEVELS[name], reversed(range(20))) == known
+    assert fingerprint(DIFFICULTIES[name], range(20)) == fingerprint(DIFFICULTIES[name], reversed(range(20))) == known
     lines = [
         "import hashlib",
         "from acformer.lab.scenes.captions import caption",
         "from acformer.lab.scenes.layout import make_scene",
-        "from acformer.lab.scenes.levels import LEVELS",
+        "from acformer.lab.scenes.difficulty import DIFFICULTIES",
         "from acformer.lab.scenes.questions import ask, popular_names",
         inspect.getsource(fingerprint),
-        f"print(fingerprint(LEVELS[{name!r}], range(20)))",
+        f"print(fingerprint(DIFFICULTIES[{name!r}], range(20)))",
     ]
     command = [sys.executable, "-c", "\n".join(lines)]
-    result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONHASHSEED": "7"})
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     assert result.stdout.strip() == known, result.stderr
 
 
-@levels
-def test_splits_share_no_scene(level):
-    seen = Counter(repr((s.objects, s.words)) for split in SPLITS for s in scenes(level, split))
+@difficulties
+def test_splits_share_no_scene(difficulty):
+    seen = Counter(repr((s.objects, s.words)) for split in SPLITS for s in scenes(difficulty, split))
     assert max(seen.values()) == 1
     with pytest.raises(UsageError, match="did you mean 'train'"):
-        level.num_scenes("trian")
+        difficulty.num_scenes("trian")
 
 
-@levels
-def test_held_out_pairs_stand_together_in_novel_only(level):
+@difficulties
+def test_held_out_pairs_stand_together_in_novel_only(difficulty):
     for split in SPLITS:
-        count = level.num_scenes(split) if level is SMALL and split != "train" else COUNT
-        assert {has_novel_pair(scene) for scene in scenes(level, split, count)} == {split == "novel"}
+        count = difficulty.num_scenes(split) if difficulty is SMALL and split != "train" else COUNT
+        assert {has_novel_pair(scene) for scene in scenes(difficulty, split, count)} == {split == "novel"}
 
 
 def overlap(one, other) -> float:
@@ -90,17 +91,17 @@ def overlap(one, other) -> float:
     return shared / min(t.width * t.height for t in (one, other))
 
 
-@levels
-def test_things_are_inside_and_apart(level):
+@difficulties
+def test_things_are_inside_and_apart(difficulty):
     for split in SPLITS:
-        for scene in scenes(level, split):
+        for scene in scenes(difficulty, split):
             things = scene.objects + scene.words
-            assert level.objects[0] <= len(scene.objects) <= level.objects[1]
-            assert len(scene.words) <= level.printed[1]
+            assert difficulty.objects[0] <= len(scene.objects) <= difficulty.objects[1]
+            assert len(scene.words) <= difficulty.printed[1]
             for thing in things:
                 assert thing.width / 2 <= thing.x <= SIDE - thing.width / 2
                 assert thing.height / 2 <= thing.y <= SIDE - thing.height / 2
-            assert all(level.sizes[0] <= thing.height <= level.sizes[1] for thing in scene.objects)
+            assert all(difficulty.sizes[0] <= thing.height <= difficulty.sizes[1] for thing in scene.objects)
             assert all(overlap(*pair) <= MAX_OVERLAP + 1e-9 for pair in combinations(things, 2))
 
 
@@ -166,7 +167,7 @@ ANSWERS = {
     r"where (?:is|are) the (\w+) seen from the (\w+)": seen_from,
     r"how many objects are there": lambda scene: {str(len(scene.objects))},
     r"how many times do you see (.+)": times,
-    r"how large (?:is|are) the (\w+)": lambda scene, name: {size_name(the(scene, name), scene.level)},
+    r"how large (?:is|are) the (\w+)": lambda scene, name: {size_name(the(scene, name), scene.difficulty)},
     r"where (?:is|are) the (\w+)": lambda scene, name: {place_name(the(scene, name))},
     r"what is written(?: at the (top|bottom))?": written,
     r"which is there\? A (\w+) B (\w+) C (\w+) D (\w+)": chosen,
@@ -182,11 +183,11 @@ def right_answers(scene, question) -> set[str]:
     return found
 
 
-@levels
-def test_every_answer_is_right_and_the_only_one(level):
+@difficulties
+def test_every_answer_is_right_and_the_only_one(difficulty):
     kinds = Counter()
     for split in SPLITS:
-        for scene in scenes(level, split):
+        for scene in scenes(difficulty, split):
             for question in ask(scene, thorough=split != "train"):
                 kinds[question.kind] += 1
                 assert right_answers(scene, question) == {question.answer}, (scene.key, question)
@@ -194,14 +195,14 @@ def test_every_answer_is_right_and_the_only_one(level):
     assert min(kinds.values()) > COUNT / 4, "every kind is asked often"
 
 
-@levels
-def test_circular_questions_come_in_four_orders(level):
-    for scene in scenes(level, "test", 40):
+@difficulties
+def test_circular_questions_come_in_four_orders(difficulty):
+    for scene in scenes(difficulty, "test", 40):
         circle = [question for question in ask(scene, thorough=True) if question.kind == "choose"]
         assert {question.answer for question in circle} == set("ABCD")
         assert len({frozenset(question.text.split()) for question in circle}) == 1
         samplings = Counter(q.kind for q in ask(scene, thorough=True) if q.kind.startswith("exist"))
-        popular = 2 if set(scene.names) & popular_names(level) else 0
+        popular = 2 if set(scene.names) & popular_names(difficulty) else 0
         assert samplings == Counter({"exist-random": 2, "exist-popular": popular, "exist-adversarial": 2})
 
 
@@ -213,12 +214,12 @@ def test_questions_and_captions_read_well():
         assert not re.search(r"\ba [aeio]|\bis the (scissors|socks|grapes)|\ba \w+ (bread|scissors)\b|  ", said)
 
 
-@levels
-def test_captions_name_everything_with_its_place(level):
-    for scene in scenes(level, "train"):
+@difficulties
+def test_captions_name_everything_with_its_place(difficulty):
+    for scene in scenes(difficulty, "train"):
         said = caption(scene)
         for thing in scene.objects:
-            assert f"{size_name(thing, level)} {thing.text} {place_name(thing)}" in said
+            assert f"{size_name(thing, difficulty)} {thing.text} {place_name(thing)}" in said
         for word in scene.words:
             assert f"it says {word.text} {place_name(word)}." in said
         assert said.count(" top ") + said.count(" bottom ") == len(scene.objects + scene.words)
@@ -236,18 +237,18 @@ def test_the_vocabulary():
 
 
 @pytest.mark.parametrize(
-    ("level", "bounds"),
+    ("difficulty", "bounds"),
     [
         # Measured, of 100: exist 60 and 70 (popular leaks: what is not there is popular), relate 15 and 20, count 33
         # and 51, attribute 28 and 30, read 0 and 7, choose 0; on average 23 and 30.
         (FULL, {"exist": 0.65, "relate": 0.2, "count": 0.38, "attribute": 0.33, "read": 0.05, "choose": 0.01}),
         (SMALL, {"exist": 0.75, "relate": 0.25, "count": 0.56, "attribute": 0.36, "read": 0.15, "choose": 0.01}),
     ],
-    ids=list(LEVELS),
+    ids=list(DIFFICULTIES),
 )
-def test_guessing_gets_little(level, bounds):
-    asked = [as_reply(sample) for sample in islice(undrawn_samples(level.name, "test"), 3200)]
-    blind = blind_replies(training_questions(level.name), asked)
+def test_guessing_gets_little(difficulty, bounds):
+    asked = [as_reply(sample) for sample in islice(undrawn_samples(difficulty.name, "test"), 3200)]
+    blind = blind_replies(training_questions(difficulty.name), asked)
     scores = family_scores(blind, blind)
     assert scores["families"].keys() == bounds.keys()
     for family, bound in bounds.items():
@@ -255,7 +256,7 @@ def test_guessing_gets_little(level, bounds):
     assert scores["average"]["blind"] < 0.35
 
 
-# Samples and their pictures
+# Samples and their images
 
 
 @pytest.fixture
@@ -280,8 +281,8 @@ def test_samples_of_every_part(drawn):
             assert all(path.is_file() for path in sample.images)
             assert len(sample.images) == (0 if part == "text" else 1)
             opening, last = sample.messages[0]["content"][0], sample.messages[-1]
-            told = {"type": "text", "text": caption(make_scene(SMALL, "train", sample.record)) + " "}
-            assert opening == (told if part == "text" else {"type": "image"})
+            in_words = {"type": "text", "text": caption(make_scene(SMALL, "train", sample.record)) + " "}
+            assert opening == (in_words if part == "text" else {"type": "image"})
             assert last == {"role": "assistant", "content": sample.answer}
     captions, dialogues = (load_samples(f"{SMALL.name}:{part}", limit=1) for part in ("captions", "dialogues"))
     assert captions[0].answer == caption(make_scene(SMALL, "train", 0))
@@ -312,12 +313,12 @@ def test_only_what_is_asked_for_is_drawn_and_once(drawn):
     scene_samples(SMALL.name, "test", 20, progress=False)
     assert len(drawn) == len(wanted)
     scene_samples(SMALL.name, "text", 5, progress=False)
-    assert len(drawn) == len(wanted), "text needs no pictures"
+    assert len(drawn) == len(wanted), "text needs no images"
     next(undrawn_samples(SMALL.name, "novel"))
     assert len(drawn) == len(wanted)
 
 
-def test_an_interrupted_drawing_leaves_whole_pictures(drawn, monkeypatch):
+def test_an_interrupted_drawing_leaves_whole_images(drawn, monkeypatch):
     draw = dataset.draw_scene
 
     def interrupted(scene):
@@ -328,10 +329,10 @@ def test_an_interrupted_drawing_leaves_whole_pictures(drawn, monkeypatch):
     monkeypatch.setattr(dataset, "draw_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         scene_samples(SMALL.name, "captions", 8, progress=False)
-    folder = picture_path(SMALL, "train", 0).parent
+    folder = image_path(SMALL, "train", 0).parent
     for path in folder.glob("*.png"):
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
     assert len(list(folder.glob("*.png"))) == 3
     monkeypatch.setattr(dataset, "draw_scene", draw)
     scene_samples(SMALL.name, "captions", 8, progress=False)
@@ -357,14 +358,14 @@ def real():
 
 
 @pytest.mark.embedded
-@levels
-def test_pictures_show_things_where_they_are(real, level):
+@difficulties
+def test_images_show_things_where_they_are(real, difficulty):
     """Against the same background without them: changed in every box, hardly anywhere else."""
-    for scene in scenes(level, "test", 12):
-        picture = np.asarray(dataset.draw_scene(scene)).astype(int)
-        assert picture.shape == (SIDE, SIDE, 3)
+    for scene in scenes(difficulty, "test", 12):
+        image = np.asarray(dataset.draw_scene(scene)).astype(int)
+        assert image.shape == (SIDE, SIDE, 3)
         empty = np.asarray(dataset.draw_scene(replace(scene, objects=(), words=()))).astype(int)
-        changed = np.abs(picture - empty).max(-1) > 24
+        changed = np.abs(image - empty).max(-1) > 24
         outside = changed.copy()
         for thing in scene.objects + scene.words:
             left, top = int(thing.x - thing.width / 2), int(thing.y - thing.height / 2)
@@ -378,11 +379,11 @@ def test_pictures_show_things_where_they_are(real, level):
 def test_every_noun_has_a_glyph_of_its_own(real):
     from acformer.lab.scenes import draw
 
-    pictures = {noun.name: draw._glyph(noun.char) for noun in FULL.nouns}
+    images = {noun.name: draw._glyph(noun.char) for noun in FULL.nouns}
     missing = draw._glyph("\U000e0fff").tobytes()
-    assert missing not in {picture.tobytes() for picture in pictures.values()}
-    assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
-    assert all(min(picture.size) > 40 for picture in pictures.values())
+    assert missing not in {image.tobytes() for image in images.values()}
+    assert len({image.tobytes() for image in images.values()}) == len(images)
+    assert all(min(image.size) > 40 for image in images.values())
 
 
 @pytest.mark.embedded
@@ -391,7 +392,7 @@ def test_backgrounds_come_in_all_kinds(real):
 
     from acformer.lab.scenes.draw import background
 
-    pictures = [np.asarray(background(Random(f"{n}"), FULL)).astype(float) for n in range(40)]
-    flat = sum(picture.std(axis=(0, 1)).max() < 1 for picture in pictures)
+    images = [np.asarray(background(Random(f"{n}"))).astype(float) for n in range(40)]
+    flat = sum(image.std(axis=(0, 1)).max() < 1 for image in images)
     assert 2 <= flat <= 15  # one kind in six is of one colour
-    assert all(picture.mean() > 80 for picture in pictures), "bright enough for dark outlines"
+    assert all(image.mean() > 80 for image in images), "bright enough for dark outlines"

@@ -32,7 +32,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader, and whoever comes after a crash, sees the old text or the new one."""
+    """Write a file at once: a reader, and whoever comes after a crash, sees the old text or the new one.
+
+    Its folder is made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
 

@@ -1,1 +1,1 @@
-"""What things cost: each part of a model and each step of its life, timed side by side, with the floor beside it."""
+"""What things cost: each part of a model and each step of its life, timed side by side, with the roofline beside it."""

@@ -1,4 +1,4 @@
-"""`bench agreement`: do bf16 and fp16 find the anchors that float32 finds? On real pictures, with real weights.
+"""`bench agreement`: do bf16 and fp16 find the anchors that float32 finds? On real images, with real weights.
 
 Two things that a dtype can do are kept apart: round the [CLS] row of a float32 encoder (`row`), and run the whole
 encoder (`encoder`, whose row is formed in float32 from q and k of that dtype, as `cls_row` does). Beside them stands
@@ -9,7 +9,7 @@ find free. Here both searches are therefore replayed head by head from the same 
 *swap*, and its gap, 1 - s(came) / s(left) in float32 scores s, says what the rounding had to bridge.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,15 +23,16 @@ from tqdm import tqdm
 from acformer.anchors.search import quotas, select_anchors
 from acformer.anchors.selectors import cls_attention
 from acformer.fetch.embedded import embedded_path, resolve
+from acformer.files import write_text
 from acformer.hf.build import square_image_processor
 from acformer.images import load_image
-from acformer.lab.bench.harness import save
-from acformer.lab.bench.settings import call, dtype_name
+from acformer.lab.bench.harness import save_record
+from acformer.lab.bench.result_page import measured_on
+from acformer.lab.bench.settings import command_line, dtype_name
+from acformer.lab.markdown import markdown_table
 from acformer.provenance import machine
 from acformer.vision.encoder import load_vision_encoder
 
-COLUMNS = ("case", "dtype", "same anchors", "least", "identical", "swaps an image", "gap, median", "largest", "bound",
-           "explained")  # fmt: skip
 CASES = {
     "kernel": "the float32 encoder with eager attention",
     "row": "the float32 encoder's row, rounded to the dtype",
@@ -41,7 +42,7 @@ CASES = {
 
 def bench_agreement(
     encoder_name: str,
-    pictures: Sequence[Path],
+    paths: Sequence[Path],
     dtypes: Sequence[torch.dtype],
     *,
     num_anchors: int = 144,
@@ -50,37 +51,37 @@ def bench_agreement(
     out: Path = Path("results/bench"),
     progress: bool = True,
 ) -> str:
-    """Measure on `pictures`, by default 108 crops of the embedded photographs; returns the table.
+    """Measure on the images of `paths`, by default 108 crops of the embedded photographs; returns the table.
 
     Writes `<out>/agreement.json` and, for people, `agreement.md`.
     """
-    if pictures:
-        images = [load_image(path) for path in pictures]
-        about = f"{len(images)} pictures"
+    if paths:
+        images, about = [load_image(path) for path in paths], f"{len(paths)} images"
     else:
         sources = photographs()
         images = photograph_crops(sources, image_size)
         about = f"{len(images)} crops of {len(sources)} scikit-image photographs (they overlap)"
     arguments = {
         "vision": encoder_name,
-        "images": tuple(pictures),
+        "images": tuple(paths),
         "device": device,
         "dtype": tuple(map(dtype_name, dtypes)),
         "tokens": num_anchors + 1,
     }
+    rows = measure_agreement(encoder_name, images, dtypes, num_anchors, image_size, device=device, progress=progress)
     record = {
-        "command": call("agreement", arguments),
+        "command": command_line("agreement", arguments),
         "encoder": encoder_name,
         "pictures": about,
         "image_size": image_size,
         "num_anchors": num_anchors,
         **machine(torch.device(device)),
+        "chance": rows[0]["chance"],
+        "rows": rows,
     }
-    rows = measure_agreement(encoder_name, images, dtypes, num_anchors, image_size, device=device, progress=progress)
-    record |= {"chance": rows[0]["chance"], "rows": rows}
-    save(record, out / "agreement.json")
+    save_record(record, out / "agreement.json")
     text = page(record)
-    (out / "agreement.md").write_text(text, encoding="utf-8")
+    write_text(out / "agreement.md", text)
     return text
 
 
@@ -115,7 +116,7 @@ def measure_agreement(
         encoder = load_vision_encoder(encoder_name, dtype=dtype).to(device)
         tower: Any = encoder.tower
         tower.set_attn_implementation(kernel)
-        batches = tqdm(pixels, desc=f"{dtype_name(dtype)}, {kernel}", unit="picture", disable=not progress)
+        batches = tqdm(pixels, desc=f"{dtype_name(dtype)}, {kernel}", unit="image", disable=not progress)
         with torch.inference_mode():
             return torch.cat([cls_attention(encoder(batch.to(device, dtype))).cpu() for batch in batches])
 
@@ -140,7 +141,7 @@ def compare(
     share of the images with one set. swaps: a mean image's. gap_median, gap_largest: of the swaps (0 without any).
     explained: share of the swaps whose gap is within `bound`, None without any.
     """
-    theirs, mine = (chosen(select_anchors(rows, num_anchors), rows.shape[-1]) for rows in (reference, rounded))
+    theirs, mine = (as_mask(select_anchors(rows, num_anchors), rows.shape[-1]) for rows in (reference, rounded))
     same = (theirs & mine).sum(dim=-1) / num_anchors
     gaps = swap_gaps(reference, rounded, num_anchors)
     return {
@@ -164,9 +165,9 @@ def swap_gaps(reference: Tensor, rounded: Tensor, num_anchors: int) -> Float[Ten
     for head, quota in enumerate(quotas(num_anchors, num_heads)):
         if quota == 0:
             break
-        scores = reference[:, head]
+        scores = reference[:, head]  # (B, N)
         theirs, mine = (
-            chosen(select_anchors(rows[:, head].masked_fill(taken, -torch.inf).unsqueeze(1), quota), num_patches)
+            as_mask(select_anchors(rows[:, head].masked_fill(taken, -torch.inf).unsqueeze(1), quota), num_patches)
             for rows in (reference, rounded)
         )
         worst = scores.masked_fill(~mine | theirs, torch.inf).amin(dim=-1, keepdim=True).expand_as(scores)
@@ -182,8 +183,8 @@ def noise(reference: Tensor, rounded: Tensor) -> float:
     return change[:: -(-len(change) // 2**20)].quantile(0.95).item()
 
 
-def chosen(anchors: Tensor, num_patches: int) -> Bool[Tensor, "B N"]:
-    """Indices as a mask."""
+def as_mask(anchors: Tensor, num_patches: int) -> Bool[Tensor, "B N"]:
+    """Indices as a mask over the patches."""
     return torch.zeros(len(anchors), num_patches, dtype=torch.bool).scatter(1, anchors, True)
 
 
@@ -196,21 +197,18 @@ def photograph_crops(sources: Sequence[Path], side: int, each: int = 12) -> list
     """Squares of random size and place, at least `side` pixels, `each` of every photograph; they overlap."""
     crops = []
     for path in sources:
-        picture, random = load_image(path), Random(path.stem)
+        image, random = load_image(path), Random(path.stem)
         for _ in range(each):
-            size = random.randint(min(side, *picture.size), min(picture.size))
-            x, y = random.randint(0, picture.width - size), random.randint(0, picture.height - size)
-            crops.append(picture.crop((x, y, x + size, y + size)))
+            size = random.randint(min(side, *image.size), min(image.size))
+            x, y = random.randint(0, image.width - size), random.randint(0, image.height - size)
+            crops.append(image.crop((x, y, x + size, y + size)))
     return crops
 
 
 def page(record: dict[str, Any]) -> str:
     """`agreement.md`."""
     meanings = "\n".join(f"- `{case}`: {meaning}." for case, meaning in CASES.items())
-    rows: Iterable[Sequence[str]] = (COLUMNS, ("---",) * len(COLUMNS), *map(_cells, record["rows"]))
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    versions = ", ".join(f"{key} {record[key]}" for key in ("python", "torch", "transformers", "commit"))
-    where = "; ".join(filter(None, [record.get("device"), record["machine"], versions, record.get("changes")]))
+    table = markdown_table(COLUMNS, ([cell(row) for cell in COLUMNS.values()] for row in record["rows"]))
     return f"""# The same anchors in fewer bits?
 
 {record["encoder"]} at {record["image_size"]} px, {record["pictures"]}, {record["num_anchors"]} anchors each, compared
@@ -222,14 +220,21 @@ with the encoder in float32. Two random sets would share {record["chance"]:.1%}.
 - A swap is another choice of a head that had the same free patches; the further differences follow from swaps, since
   later heads find other patches free. Its gap is 1 - s(came) / s(left) in float32 scores.
 - Bound: for `row` the dtype's eps (two roundings to nearest); else twice the 95th percentile of the relative change of
-  the scores, measured on the same pictures. `explained`: share of the swaps whose gap is within it.
+  the scores, measured on the same images. `explained`: share of the swaps whose gap is within it.
 
-`{record["command"]}` -> `agreement.json`; {where}
+`{record["command"]}` -> `agreement.json`; {measured_on(record)}
 """
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    shares = [f"{row[key]:.2%}" for key in ("same", "least", "identical")]
-    gaps = [f"{row[key]:.2g}" for key in ("gap_median", "gap_largest", "bound")]
-    explained = "" if row["explained"] is None else f"{row['explained']:.1%}"
-    return [f"`{row['case']}`", row["dtype"], *shares, f"{row['swaps']:.2f}", *gaps, explained]
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "case": lambda row: f"`{row['case']}`",
+    "dtype": lambda row: row["dtype"],
+    "same anchors": lambda row: f"{row['same']:.2%}",
+    "least": lambda row: f"{row['least']:.2%}",
+    "identical": lambda row: f"{row['identical']:.2%}",
+    "swaps an image": lambda row: f"{row['swaps']:.2f}",
+    "gap, median": lambda row: f"{row['gap_median']:.2g}",
+    "largest": lambda row: f"{row['gap_largest']:.2g}",
+    "bound": lambda row: f"{row['bound']:.2g}",
+    "explained": lambda row: "" if row["explained"] is None else f"{row['explained']:.1%}",
+}

@@ -7,32 +7,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from acformer.anchors.selectors import SELECTORS
-from acformer.lab.bench import authors
-from acformer.lab.bench.floors import cls_row_flops, encoder_flops
-from acformer.lab.bench.presets import fresh
-from acformer.lab.bench.report import Row
+from acformer.lab.bench import release_baseline
+from acformer.lab.bench.presets import random_model
+from acformer.lab.bench.roofline import cls_row_flops, encoder_flops
 from acformer.lab.bench.settings import Settings
-from acformer.lab.bench.timing import Variant, measure
+from acformer.lab.bench.timing import Result, Variant, timed_rows
 from acformer.vision.encoder import VisionEncoder, size_kwargs, truncate
 
 VARIANTS = ("plain", "cls_row", "anchors", "all_layers", "authors")
 
 
-def rows(settings: Settings) -> list[Row]:
+def rows(settings: Settings) -> list[Result]:
     """One a batch and variant; `ratio` is to the plain pass of the same round."""
-    config, image_size = settings.preset.config, settings.preset.config.image_size
-    tower = fresh(config.vision_config, settings.device, settings.dtype)
-    names = settings.variants or VARIANTS
+    config, side = settings.preset.config, settings.preset.config.image_size
+    tower = random_model(config.vision_config, settings.device, settings.dtype)
+    names = dict.fromkeys(["plain", *(settings.variants or VARIANTS)])
     found = []
     for batch in settings.batch:
-        pixels = torch.randn(batch, 3, image_size, image_size, device=settings.device, dtype=settings.dtype)
+        pixels = torch.randn(batch, 3, side, side, device=settings.device, dtype=settings.dtype)
         known = encoder_variants(tower, config.feature_layer, pixels, settings.tokens[0] - 1)
-        chosen = {name: known[name] for name in dict.fromkeys(["plain", *names])}
+        variants = [({"batch": batch, "variant": name}, known[name]) for name in names]
         with torch.inference_mode():
-            timings = measure(
-                chosen, settings.device, settings.dtype, settings.rounds, label=settings.label("batch", batch)
-            )
-        found += [{"batch": batch, "variant": name, **timings.row(name, "plain")} for name in chosen]
+            found += timed_rows(settings, variants, {"variant": "plain"}, label=("batch", batch))
     return found
 
 
@@ -42,35 +38,32 @@ def encoder_variants(
     """Ways to the same features, cheapest first; the tower's weights are shared.
 
     plain: SDPA up to the feature layer, nothing else. cls_row: the same with the [CLS] row. anchors: and the selection.
-    all_layers: SDPA through all blocks, as LLaVA does. authors: see `bench.authors`.
+    all_layers: SDPA through all blocks, as LLaVA does. authors: see `bench.release_baseline`.
     """
     config, batch = tower.config, pixels.shape[0]
     h, w = (side // config.patch_size for side in pixels.shape[-2:])
-    plain, encoder = truncate(sharing(tower), feature_layer), VisionEncoder(sharing(tower), feature_layer)
-    eager = sharing(tower)
+    plain, encoder = truncate(_shared(tower), feature_layer), VisionEncoder(_shared(tower), feature_layer)
+    eager = _shared(tower)
     eager.set_attn_implementation("eager")
     sizes = size_kwargs(config, pixels)
     to_layer, row = encoder_flops(config, (h, w), feature_layer), cls_row_flops(config, (h, w))
     whole = encoder_flops(config, (h, w))
+
+    def anchors() -> Tensor:
+        return SELECTORS["anchors"](encoder(pixels), num_anchors)
+
+    def authors() -> Tensor:
+        return release_baseline.select(release_baseline.encode(eager, pixels, feature_layer)[1], num_anchors)
+
     return {
         "plain": Variant(lambda: plain(pixels, **sizes), batch * to_layer),
         "cls_row": Variant(lambda: encoder(pixels), batch * (to_layer + row)),
-        "anchors": Variant(lambda: ours(encoder, pixels, num_anchors), batch * (to_layer + row)),
+        "anchors": Variant(anchors, batch * (to_layer + row)),
         "all_layers": Variant(lambda: tower(pixels, **sizes), batch * whole),
-        "authors": Variant(lambda: theirs(eager, pixels, feature_layer, num_anchors), batch * whole),
+        "authors": Variant(authors, batch * whole),
     }
 
 
-def ours(encoder: VisionEncoder, pixels: Tensor, num_anchors: int) -> Tensor:
-    """Pixels -> anchors."""
-    return SELECTORS["anchors"](encoder(pixels), num_anchors)
-
-
-def theirs(tower: PreTrainedModel, pixels: Tensor, feature_layer: int, num_anchors: int) -> Tensor:
-    """Pixels -> anchors, the authors' way."""
-    return authors.select(authors.encode(tower, pixels, feature_layer)[1], num_anchors)
-
-
-def sharing(tower: PreTrainedModel) -> PreTrainedModel:
+def _shared(tower: PreTrainedModel) -> PreTrainedModel:
     """A copy with a config of its own and the same weights."""
     return copy.deepcopy(tower, {id(weight): weight for weight in tower.parameters()})

@@ -1,4 +1,4 @@
-"""`bench generate`: from a picture to the first token, and from token to token, at several numbers of visual tokens.
+"""`bench generate`: from an image to the first token, and from token to token, at several numbers of visual tokens.
 
 Parts are timed each by itself and the first token as a whole. Unlike `model.generate` there is no sampling loop around
 a step, so times are those of the model alone; the cache is the dynamic one, nothing is compiled.
@@ -15,7 +15,8 @@ from acformer.connectors import Connector
 from acformer.connectors.queries import SelectedQueries
 from acformer.connectors.resampler import QueryConnector
 from acformer.hf import AcFormerForConditionalGeneration
-from acformer.lab.bench.floors import (
+from acformer.lab.bench.presets import build_connectors, random_model
+from acformer.lab.bench.roofline import (
     cls_row_flops,
     connector_bytes,
     connector_flops,
@@ -24,10 +25,8 @@ from acformer.lab.bench.floors import (
     text_flops,
     text_weights,
 )
-from acformer.lab.bench.presets import connectors_at, fresh
-from acformer.lab.bench.report import Row
 from acformer.lab.bench.settings import Settings
-from acformer.lab.bench.timing import Variant, measure
+from acformer.lab.bench.timing import Result, Variant, timed_rows
 from acformer.vision.features import VisionFeatures
 
 QUESTION = 32
@@ -36,39 +35,29 @@ STEPS = 8
 """Tokens generated for one measurement."""
 
 
-def rows(settings: Settings) -> list[Row]:
+def rows(settings: Settings) -> list[Result]:
     """One a connector, T and part; `ratio` is to `mlp`. Only the steps of generation come at every batch size.
 
     encoder, selector (part of the connector), connector, prefill (the language model on T + question tokens), first
     token (all of these), token (a step, at each batch size).
     """
-    config, geometry = settings.preset.config, settings.preset.geometry
-    model = fresh(config, settings.device, settings.dtype)
+    preset, device, dtype = settings.preset, settings.device, settings.dtype
+    model = random_model(preset.config, device, dtype)
     names = dict.fromkeys(["mlp", *settings.connectors])
-    options = settings.preset.options
-    connectors = connectors_at(geometry, names, settings.tokens, settings.device, settings.dtype, options)
-    variants: dict[str, Variant] = {}
-    labels: dict[str, Row] = {}
+    variants = []
     with torch.inference_mode():
-        for (name, tokens), connector in connectors.items():
+        for (name, tokens), connector in build_connectors(preset, names, settings.tokens, device, dtype).items():
+            kv_mib = round(kv_bytes(preset.config.text_config, tokens, dtype) / 2**20, 3)
             for (part, batch), variant in parts(model, connector, settings).items():
-                key = f"{name} {tokens} {part} {batch}"
-                variants[key] = variant
-                labels[key] = {"connector": name, "tokens": tokens, "part": part, "batch": batch}
-        timings = measure(variants, settings.device, settings.dtype, settings.rounds, label=settings.label())
-    found = []
-    for key, row in labels.items():
-        same = [k for k, other in labels.items() if other["part"] == row["part"] and other["batch"] == row["batch"]]
-        base = next((k for k in same if labels[k]["connector"] == "mlp"), None)
-        kept = kv_bytes(config.text_config, row["tokens"], settings.dtype)
-        found.append({**row, "kv_mib_image": round(kept / 2**20, 3), **timings.row(key, base)})
-    return found
+                labels = {"connector": name, "tokens": tokens, "part": part, "batch": batch, "kv_mib_image": kv_mib}
+                variants.append((labels, variant))
+        return timed_rows(settings, variants, {"connector": "mlp"}, ["part", "batch"])
 
 
 def parts(
     model: AcFormerForConditionalGeneration, connector: Connector, settings: Settings
 ) -> dict[tuple[str, int], Variant]:
-    """What a picture and an answer are made of, with this connector in the model; by name and batch size."""
+    """What an image and an answer are made of, with this connector in the model; by name and batch size."""
     config, tokens = settings.preset.config, connector.num_tokens
     text, size = config.text_config, config.image_size
     pixels = torch.randn(1, 3, size, size, device=settings.device, dtype=settings.dtype)
@@ -81,17 +70,17 @@ def parts(
         model.model.connector = connector
         return model(input_ids=prompt, logits_to_keep=1, **images)
 
-    encode = encoder_flops(config.vision_config, connector.input_grid, config.feature_layer)
-    encode += cls_row_flops(config.vision_config, connector.input_grid)
-    connect, read = connector_flops(connector), text_flops(text, prompt.shape[1])
+    encode_flops = encoder_flops(config.vision_config, connector.input_grid, config.feature_layer)
+    encode_flops += cls_row_flops(config.vision_config, connector.input_grid)
+    connect_flops, prefill_flops = connector_flops(connector), text_flops(text, prompt.shape[1])
     connector_weights, weights = connector_bytes(connector), text_weights(text) * settings.dtype.itemsize
-    both = connector_weights + weights
+    all_flops = encode_flops + connect_flops + prefill_flops
     found = {
-        ("encoder", 1): Variant(partial(look, model, connector, pixels), encode),
+        ("encoder", 1): Variant(partial(encode, model, connector, pixels), encode_flops),
         **selection(connector, features),
-        ("connector", 1): Variant(partial(connector, features), connect, connector_weights),
-        ("prefill", 1): Variant(lambda: model(inputs_embeds=embeddings, logits_to_keep=1), read, weights),
-        ("first token", 1): Variant(lambda: answer(pixel_values=pixels), encode + connect + read, both),
+        ("connector", 1): Variant(partial(connector, features), connect_flops, connector_weights),
+        ("prefill", 1): Variant(lambda: model(inputs_embeds=embeddings, logits_to_keep=1), prefill_flops, weights),
+        ("first token", 1): Variant(lambda: answer(pixel_values=pixels), all_flops, connector_weights + weights),
     }
     cache = answer(vision_features=features).past_key_values
     for batch in settings.batch:
@@ -99,14 +88,14 @@ def parts(
     return found
 
 
-def look(model: AcFormerForConditionalGeneration, connector: Connector, pixels: Tensor) -> VisionFeatures:
-    """The encoder, as this connector wants it."""
+def encode(model: AcFormerForConditionalGeneration, connector: Connector, pixels: Tensor) -> VisionFeatures:
+    """The encoder's pass, as this connector wants it."""
     model.model.connector = connector
     return model.get_vision_features(pixels)
 
 
 def selection(connector: Connector, features: VisionFeatures) -> dict[tuple[str, int], Variant]:
-    """The choice of patches alone, where the connector makes one; it has no floor, see `bench.selector`."""
+    """The choice of patches alone, where the connector makes one; without a roofline, see `bench.selector`."""
     if not isinstance(connector, QueryConnector) or not isinstance(connector.queries, SelectedQueries):
         return {}
     queries = connector.queries
@@ -120,7 +109,7 @@ def generation(
     """`STEPS` steps after a prompt whose cache is there; a step reads all weights and every row's cache once."""
     text, dtype = settings.preset.config.text_config, settings.dtype
     own = DynamicCache()
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cache.layers):  # keys and values (1, heads, L, head width) for every row
         own.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), number)
     ids = torch.full((batch, 1), 2, device=settings.device)
 

@@ -21,16 +21,12 @@ from transformers import PreTrainedConfig
 
 from acformer.errors import UsageError
 from acformer.lab.bench.encoder import encoder_variants
-from acformer.lab.bench.presets import fresh
-from acformer.lab.bench.report import Row
+from acformer.lab.bench.presets import random_model
 from acformer.lab.bench.settings import Settings
-from acformer.lab.bench.timing import Variant, measure
-
-WAYS = {"anchors": "ours", "authors": "authors"}
-OUT_OF_MEMORY = "does not fit"
+from acformer.lab.bench.timing import Result, Variant, timed_rows
 
 
-def rows(settings: Settings) -> list[Row]:
+def rows(settings: Settings) -> list[Result]:
     """One a batch, N and way; `ratio` is to ours in the same round. N / 4 anchors; the encoder is built for its N.
 
     Where the authors' way needs more than the limit, its row says so instead of a time.
@@ -39,41 +35,41 @@ def rows(settings: Settings) -> list[Row]:
     found = []
     for batch in settings.batch:
         for patches in settings.patches:
-            grow = partial(grown, replace(settings, patches=(patches,), batch=(batch,)), limit)
+            run = partial(run_child, replace(settings, patches=(patches,), batch=(batch,)), limit)
             try:
-                found += in_child(grow, authors=True)
+                found += in_child(run, authors=True)
             except BrokenProcessPool:  # killed from outside, as an allocator may be
-                found += [*in_child(grow, authors=False), _unfit(batch, patches, "authors", limit)]
+                found += [*in_child(run, authors=False), _out_of_memory(batch, patches, limit)]
     return found
 
 
-def in_child(grow: Callable[..., list[Row]], **kwargs: Any) -> list[Row]:
+def in_child(run: Callable[..., list[Result]], **kwargs: Any) -> list[Result]:
     """Its result, from a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(grow, **kwargs).result()
+        return pool.submit(run, **kwargs).result()
 
 
-def grown(settings: Settings, limit: int, *, authors: bool) -> list[Row]:
+def run_child(settings: Settings, limit: int, *, authors: bool) -> list[Result]:
     """Rows of one N, measured in the process that calls; first the authors' way is tried within `limit` bytes."""
     (patches,), (batch,) = settings.patches, settings.batch
     config = square_config(settings.preset.config.vision_config, patches)
-    tower = fresh(config, settings.device, settings.dtype)
+    tower = random_model(config, settings.device, settings.dtype)
     pixels = torch.randn(batch, 3, *[config.image_size] * 2, device=settings.device, dtype=settings.dtype)
     known = encoder_variants(tower, settings.preset.config.feature_layer, pixels, max(1, patches // 4))
-    variants, unfit = {"anchors": known["anchors"]}, [_unfit(batch, patches, "authors", limit)]
+    labels = {"batch": batch, "patches": patches}
+    variants = [({**labels, "way": "ours"}, known["anchors"])]
     with torch.inference_mode():
-        if authors and fits(known["authors"], limit, settings.device):
-            variants["authors"], unfit = known["authors"], []
-        label = settings.label(f"{patches} patches")
-        timings = measure(variants, settings.device, settings.dtype, settings.rounds, label=label)
-    labels = {name: {"batch": batch, "patches": patches, "way": WAYS[name]} for name in variants}
-    return [*({**labels[name], **timings.row(name, "anchors")} for name in variants), *unfit]
+        fit = authors and fits(known["authors"], limit, settings.device)
+        if fit:
+            variants.append(({**labels, "way": "authors"}, known["authors"]))
+        rows = timed_rows(settings, variants, {"way": "ours"}, label=(f"{patches} patches",))
+    return rows if fit else [*rows, _out_of_memory(batch, patches, limit)]
 
 
 def fits(variant: Variant, limit: int, device: torch.device) -> bool:
     """Whether it runs through in `limit` bytes on top of what the process has."""
     try:
-        with capped(limit, device):
+        with limited_memory(limit, device):
             variant.run()
     except (MemoryError, torch.OutOfMemoryError):
         return False
@@ -85,8 +81,8 @@ def fits(variant: Variant, limit: int, device: torch.device) -> bool:
 
 
 @contextmanager
-def capped(limit: int, device: torch.device) -> Iterator[None]:
-    """No more than `limit` bytes inside: of a GPU's memory, or of addresses as Linux counts them; elsewhere no cap."""
+def limited_memory(limit: int, device: torch.device) -> Iterator[None]:
+    """No more than `limit` bytes inside: of a GPU's memory, or of addresses as Linux counts them; else no limit."""
     addresses = Path("/proc/self/statm")
     try:
         if device.type == "cuda":
@@ -114,6 +110,6 @@ def square_config(config: PreTrainedConfig, patches: int) -> PreTrainedConfig:
     return other
 
 
-def _unfit(batch: int, patches: int, way: str, limit: int) -> Row:
-    row = {"batch": batch, "patches": patches, "way": way}
-    return {**row, "error": f"{OUT_OF_MEMORY} in {limit / 2**30:.0f} GiB"}
+def _out_of_memory(batch: int, patches: int, limit: int) -> Result:
+    labels = {"batch": batch, "patches": patches, "way": "authors"}
+    return {**labels, "error": f"does not fit in {limit / 2**30:.0f} GiB"}

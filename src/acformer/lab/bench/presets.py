@@ -3,7 +3,7 @@
 Sizes come from the recipes of the same names, so that what is timed is what is trained.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any] | None, int]] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """Configs of the parts, the connector's options, and what is asked of them unless told otherwise.
+    """A model's config, and what is asked of it by default.
 
-    tokens: visual tokens an image; where there are 576 patches the paper's, else the same shares.
+    tokens: visual tokens an image; where there are 576 patches the paper's, else the same shares. train_batch: samples
+    of a training step.
     """
 
     name: str
     config: AcFormerConfig
     tokens: tuple[int, ...]
     train_batch: int
-
-    @property
-    def options(self) -> dict[str, dict[str, Any]]:
-        """The recipe's, for its own connector."""
-        return {self.config.connector: self.config.connector_kwargs}
 
     @property
     def geometry(self) -> Geometry:
@@ -109,52 +105,59 @@ def load_preset(name: str) -> Preset:
     return Preset(name, config, tokens, train_batch)
 
 
-def fresh(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A model with initialised weights, made where it shall be; `UsageError` if it does not fit there."""
-    auto = AcFormerForConditionalGeneration if isinstance(config, AcFormerConfig) else AutoModel
-    make = auto._from_config if isinstance(config, AcFormerConfig) else auto.from_config
+    is_ours = isinstance(config, AcFormerConfig)
+    make = AcFormerForConditionalGeneration._from_config if is_ours else AutoModel.from_config
     with torch.device("meta"):
-        model = make(config, dtype=dtype, **kwargs)
-    refuse_unless_it_fits(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
+        model = make(config, dtype=dtype)
+    check_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
     model.to_empty(device=device)
     model.init_weights()
     return model.eval()
 
 
-def connectors_at(
-    geometry: Geometry,
+def build_connectors(
+    preset: Preset,
     names: Iterable[str],
     tokens: Iterable[int],
     device: torch.device,
     dtype: torch.dtype,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    recipe_options: bool = True,
 ) -> dict[tuple[str, int], Connector]:
-    """Connectors by name and T: each once for every T that it can give; `options`: of some names, beside T's."""
+    """Connectors by name and T: each once for every T that it can give.
+
+    recipe_options: the recipe's own connector has the recipe's options, and not the registry's defaults.
+    """
+    config, geometry = preset.config, preset.config.geometry
     found: dict[tuple[str, int], Connector] = {}
     for name in names:
+        own = config.connector_kwargs if recipe_options and name == config.connector else {}
         for number in tokens:
-            chosen = {**(options or {}).get(name, {}), **budget_options(name, geometry, number)}
+            options = {**own, **budget_options(name, geometry, number)}
             with torch.device("meta"):
-                given = build_connector(name, geometry, **chosen).num_tokens
-            if (name, given) not in found:
+                num_tokens = build_connector(name, geometry, **options).num_tokens
+            if (name, num_tokens) not in found:
                 with torch.device(device):
-                    found[name, given] = build_connector(name, geometry, **chosen).to(dtype)
+                    found[name, num_tokens] = build_connector(name, geometry, **options).to(dtype)
     return found
 
 
-def made_up_features(
-    connector: Connector, num_heads: int, batch: int, device: torch.device, dtype: torch.dtype
+def random_features(
+    preset: Preset, connector: Connector, batch: int, device: torch.device, dtype: torch.dtype
 ) -> VisionFeatures:
-    """Random features in the shapes that a connector reads; scores in float32, as encoders give them."""
+    """Features in the shapes that a connector reads; scores in float32, as encoders give them."""
     sizes, (h, w) = connector.geometry, connector.input_grid
     shape = (batch, sizes.num_prefix_tokens + h * w, sizes.vision_hidden_size)
     tokens = torch.randn(shape, device=device, dtype=dtype)
+    num_heads = preset.config.vision_config.num_attention_heads
     row = torch.rand(batch, num_heads, h * w, device=device).softmax(-1)
     hidden_layers = torch.stack([tokens] * len(connector.hidden_layers), dim=1) if connector.hidden_layers else None
     return VisionFeatures(tokens, row, (h, w), sizes.num_prefix_tokens, hidden_layers)
 
 
-def refuse_unless_it_fits(nbytes: int, device: torch.device) -> None:
+def check_memory(nbytes: int, device: torch.device) -> None:
     """`UsageError` with both numbers, where weights alone exceed the memory that is free on the device."""
     free = free_memory(device)
     if free is not None and nbytes > free:
@@ -168,10 +171,10 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that could still be had; None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    facts = Path("/proc/meminfo")
-    if device.type != "cpu" or not facts.exists():
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
         return None
-    lines = (line.split() for line in facts.read_text(encoding="ascii").splitlines())
+    lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
     return next(1024 * int(value) for name, value, *_ in lines if name == "MemAvailable:")
 
 

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Of each command; the preset is that of two cores, an accelerator gets the true size."""
 TIMED = ("preset", "device", "dtype", "rounds", "batch")
-READS: dict[str, tuple[str, ...]] = {
+ARGUMENTS: dict[str, tuple[str, ...]] = {
     "encoder": (*TIMED, "tokens", "variants"),
     "selector": (*TIMED, "tokens"),
     "connector": (*TIMED, "tokens", "connectors"),
@@ -63,13 +63,13 @@ class Settings:
     def command(self, dtypes: list[torch.dtype]) -> str:
         """The call that makes the same table, with nothing but `--out` left to a default."""
         words = {**vars(self), "preset": self.preset.name, "dtype": tuple(map(dtype_name, dtypes))}
-        return call(self.what, words)
+        return command_line(self.what, words)
 
 
-def call(what: str, arguments: Mapping[str, Any]) -> str:
+def command_line(what: str, arguments: Mapping[str, Any]) -> str:
     """`acformer bench ...` with those arguments that the command takes; None and () are left out."""
     words = ["acformer", "bench", what]
-    for name in READS[what]:
+    for name in ARGUMENTS[what]:
         value = arguments.get(name)
         if value not in (None, ()):
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
@@ -81,7 +81,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read(what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def given_arguments(what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those that were given (are not None), lists as tuples.
 
     Raises:
@@ -89,7 +89,7 @@ def read(what: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items() if v is not None}
     for name in given:
-        if name not in READS[what]:
+        if name not in ARGUMENTS[what]:
             raise UsageError(f"bench {what} takes no --{name.replace('_', '-')}")
     if what in ONE_NUMBER and len(given.get("tokens", ())) > 1:
         raise UsageError(f"bench {what} takes one number of --tokens, got {len(given['tokens'])}: run it for each")
@@ -100,9 +100,9 @@ def resolve(what: str, arguments: Mapping[str, Any], *, progress: bool = False) 
     """Settings for each dtype, defaults where nothing (None) was given.
 
     Raises:
-        UsageError: a name that does not exist, or an argument that this command does not take (`read`).
+        UsageError: a name that does not exist, or an argument that this command does not take (`given_arguments`).
     """
-    given = read(what, arguments)
+    given = given_arguments(what, arguments)
     place = parse_device(given.get("device", "auto"))
     is_accelerator = place.type != "cpu"
     preset = load_preset(given.get("preset", TRUE_SIZE if is_accelerator else DEFAULTS[what]["preset"]))
@@ -118,7 +118,7 @@ def resolve(what: str, arguments: Mapping[str, Any], *, progress: bool = False) 
         "preset": preset,
         "device": place,
     }
-    taken = {name: known[name] for name in READS[what] if name in known}
+    taken = {name: known[name] for name in ARGUMENTS[what] if name in known}
     return [
         Settings(**{**taken, "what": what, "dtype": parse_dtype(name), "progress": progress}) for name in known["dtype"]
     ]

@@ -8,7 +8,7 @@ each step: that is not in it. Unlike the paper's there is one device and no grad
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -17,67 +17,58 @@ from torch import Tensor
 
 from acformer.connectors import Connector
 from acformer.hf import AcFormerForConditionalGeneration
-from acformer.lab.bench.floors import connector_step_flops, encoder_flops, text_backward_flops, text_flops
-from acformer.lab.bench.presets import connectors_at, fresh, made_up_features
-from acformer.lab.bench.report import Row
+from acformer.lab.bench.presets import build_connectors, random_features, random_model
+from acformer.lab.bench.roofline import connector_step_flops, encoder_flops, text_backward_flops, text_flops
 from acformer.lab.bench.settings import Settings
-from acformer.lab.bench.timing import Variant, measure
+from acformer.lab.bench.timing import Result, Variant, timed_rows
+from acformer.lab.training_step import autocast, training_step
 from acformer.training.trainer import freeze
 
 Inputs = dict[str, Any]
 
 CAPTION = {"mean": 30, "spread": 0.35, "shortest": 8, "longest": 80}
 IGNORE = -100
+LEARNING_RATES = {"connector": 5e-4}
 
 
-def rows(settings: Settings) -> list[Row]:
-    """One a batch, way to get the features (cached, or encoded in the step), connector and T.
+def rows(settings: Settings) -> list[Result]:
+    """One a batch, source of the features (cached, or encoded in the step), connector and T.
 
-    speed: of `mlp` in the same round's time. floor_speed: the same of the floors. share: the one of the other.
+    speed: of `mlp` in the same round's time. floor_speed: the same of the rooflines. share: the one of the other.
     """
-    config = settings.preset.config
-    model = fresh(config, settings.device, settings.dtype).train()
+    preset, device = settings.preset, settings.device
+    model = random_model(preset.config, device, settings.dtype).train()
     model.model.vision_tower.eval()
-    learning = {"connector": 5e-4}
-    connectors = connectors_at(
-        settings.preset.geometry,
-        dict.fromkeys(["mlp", *settings.connectors]),
-        settings.tokens,
-        settings.device,
-        torch.float32,  # weights that learn; the arithmetic is in the settings' dtype
-        settings.preset.options,
-    )
+    names = dict.fromkeys(["mlp", *settings.connectors])
+    # Weights that learn are float32; the arithmetic is in the settings' dtype.
+    connectors = build_connectors(preset, names, settings.tokens, device, torch.float32)
     found = []
     for batch in settings.batch:
         captions = caption_lengths(batch)
-        variants: dict[str, Variant] = {}
-        labels: dict[str, Row] = {}
+        variants: list[tuple[Result, Variant]] = []
         for (name, tokens), connector in connectors.items():
             model.model.connector = connector
-            freeze(model, learning)
-            optimizer = ready_optimizer(connector, learning["connector"])
-            flops = step_flops(config, connector, captions)
-            for features, images, more in ways(settings, connector, batch):
-                key = f"{name} {tokens} {features}"
-                inputs = {**caption_inputs(captions, tokens, config, settings.device), **images}
-                run = step(model, connector, optimizer, inputs, rounded(settings))
-                variants[key] = Variant(run, flops + batch * more)
-                labels[key] = {"batch": batch, "features": features, "connector": name, "tokens": tokens}
-        label = settings.label("batch", batch)
-        timings = measure(variants, settings.device, settings.dtype, settings.rounds, label=label)
-        for key, row in labels.items():
-            base = next(k for k in variants if k.startswith("mlp ") and labels[k]["features"] == row["features"])
-            floor_speed = variants[base].flops / variants[key].flops
-            times = timings.row(key, base)
-            speed = 1 / times["ratio"]
+            freeze(model, LEARNING_RATES)
+            optimizer = optimizer_with_states(connector)
+            flops = step_flops(preset.config, connector, captions)
+            for features, images, encoder in feature_sources(settings, connector, batch):
+                inputs = {**caption_inputs(captions, tokens, preset.config, device), **images}
+                labels = {"batch": batch, "features": features, "connector": name, "tokens": tokens}
+                run = step(model, connector, optimizer, inputs, settings)
+                variants.append(({**labels, "captions": captions}, Variant(run, flops + batch * encoder)))
+        base = {"connector": "mlp"}
+        timed = timed_rows(settings, variants, base, ["features"], label=("batch", batch))
+        flops_of_mlp = {labels["features"]: v.flops for labels, v in variants if labels["connector"] == "mlp"}
+        for row, (_, variant) in zip(timed, variants, strict=True):
+            speed, floor_speed = 1 / row["ratio"], flops_of_mlp[row["features"]] / variant.flops
             gained = {"speed": speed, "floor_speed": floor_speed, "share": speed / floor_speed}
-            found.append({**row, "captions": captions, **times, **{k: round(v, 3) for k, v in gained.items()}})
+            found.append({**row, **{key: round(value, 3) for key, value in gained.items()}})
     return found
 
 
-def ready_optimizer(connector: Connector, learning_rate: float) -> torch.optim.Optimizer:
+def optimizer_with_states(connector: Connector) -> torch.optim.Optimizer:
     """AdamW that has made its states, which are therefore in no step's peak."""
-    optimizer = torch.optim.AdamW(connector.parameters(), lr=learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(connector.parameters(), lr=LEARNING_RATES["connector"], fused=True)
     for parameter in connector.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -90,29 +81,24 @@ def step(
     connector: Connector,
     optimizer: torch.optim.Optimizer,
     inputs: Inputs,
-    rounded: Callable[[], AbstractContextManager],
-) -> Callable[[], None]:
+    settings: Settings,
+) -> Callable[[], Tensor]:
     """A step with this connector in the model, made as `supervised_only` makes the trainer's: without a KV cache."""
 
-    def run() -> None:
+    def compute_loss() -> Tensor:
         model.model.connector = connector
-        with rounded():
-            loss = model(**inputs, supervised_only=True).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with autocast(settings.device, settings.dtype):
+            return model(**inputs, supervised_only=True).loss
 
-    return run
+    return partial(training_step, compute_loss, optimizer)
 
 
-def ways(settings: Settings, connector: Connector, batch: int) -> Iterator[tuple[str, Inputs, int]]:
+def feature_sources(settings: Settings, connector: Connector, batch: int) -> Iterator[tuple[str, Inputs, int]]:
     """Features from a cache, or pixels: name, arguments of the model, and the encoder's FLOP an image."""
-    vision, size = settings.preset.config.vision_config, settings.preset.config.image_size
-    heads, dtype = vision.num_attention_heads, settings.dtype
-    cached = made_up_features(connector, heads, batch, settings.device, dtype)
-    yield "cached", {"vision_features": cached}, 0
-    pixels = torch.randn(batch, 3, size, size, device=settings.device, dtype=dtype)
-    flops = encoder_flops(vision, connector.input_grid, settings.preset.config.feature_layer)
+    config, device, dtype = settings.preset.config, settings.device, settings.dtype
+    yield "cached", {"vision_features": random_features(settings.preset, connector, batch, device, dtype)}, 0
+    pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=device, dtype=dtype)
+    flops = encoder_flops(config.vision_config, connector.input_grid, config.feature_layer)
     yield "encoded", {"pixel_values": pixels}, flops
 
 
@@ -141,15 +127,8 @@ def caption_lengths(batch: int) -> list[int]:
 def caption_inputs(captions: list[int], tokens: int, config: Any, device: torch.device) -> dict[str, Tensor]:
     """The plain template: T image tokens, then the caption, which alone is learned; padded on the right."""
     length = tokens + max(captions)
-    place = torch.arange(length, device=device).expand(len(captions), -1)
-    is_real = place < tokens + torch.tensor(captions, device=device).unsqueeze(1)
-    input_ids = torch.where(place < tokens, config.image_token_id, config.image_token_id - 1)  # any other word
-    labels = torch.where(is_real & (place >= tokens), input_ids, IGNORE)
+    position = torch.arange(length, device=device).expand(len(captions), -1)  # (B, L)
+    is_real = position < tokens + torch.tensor(captions, device=device).unsqueeze(1)
+    input_ids = torch.where(position < tokens, config.image_token_id, config.image_token_id - 1)  # any other word
+    labels = torch.where(is_real & (position >= tokens), input_ids, IGNORE)
     return {"input_ids": input_ids, "attention_mask": is_real.long(), "labels": labels}
-
-
-def rounded(settings: Settings) -> Callable[[], AbstractContextManager]:
-    """Autocast where the arithmetic is in half precision: the connector's weights stay in float32."""
-    if settings.dtype == torch.float32:
-        return nullcontext
-    return lambda: torch.autocast(settings.device.type, settings.dtype)

@@ -1,4 +1,4 @@
-"""`acformer bench`: what things cost, side by side, with the floor beside them."""
+"""`acformer bench`: what things cost, side by side, with the roofline beside them."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ COMMANDS = ("encoder", "selector", "connector", "train", "generate", "growth", "
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments; what is left out is a default of the command (`acformer.lab.bench.settings`)."""
-    sub = commands.add_parser("bench", parents=[common], help="time the parts of a model, with the floor beside them")
+    sub = commands.add_parser("bench", parents=[common], help="time the parts of a model beside their roofline")
     sub.add_argument("what", choices=COMMANDS, help="what to measure; summary: one page of all results in OUT")
     sub.add_argument("--preset", help="tiny, smol, llava15-7b, llava15-13b: true sizes, random weights")
     sub.add_argument("--connectors", nargs="+", metavar="NAME", help="connector: which; train, generate: beside mlp")
@@ -23,7 +23,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--memory-limit", type=positive, metavar="GIB", help="growth: of a run (default half of the free)")
     sub.add_argument("--rounds", type=positive, help="measurements of each")
     sub.add_argument("--vision", help=f"agreement: an encoder with real weights (default: {ENCODER})")
-    sub.add_argument("--images", type=Path, nargs="+", help="agreement: pictures (default: photographs)")
+    sub.add_argument("--images", type=Path, nargs="+", help="agreement: images (default: photographs)")
     sub.add_argument("--out", type=Path, default=Path("results/bench"))
     add_device(sub)
     sub.set_defaults(run=run, device=None)  # as of all others: None was not given
@@ -31,9 +31,10 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """The table; `UsageError` for an argument that the command does not take."""
-    from acformer.lab.bench.settings import READS, read
+    from acformer.lab.bench.settings import ARGUMENTS, given_arguments
 
-    given = read(arguments.what, {name: getattr(arguments, name) for names in READS.values() for name in names})
+    names = {name for known in ARGUMENTS.values() for name in known}
+    given = given_arguments(arguments.what, {name: getattr(arguments, name) for name in names})
     make = {"agreement": _agreement, "summary": _summary}.get(arguments.what, _timed)
     return make(arguments, given)
 
@@ -61,8 +62,9 @@ def _agreement(arguments: argparse.Namespace, given: dict[str, Any]) -> str:
 
 
 def _summary(arguments: argparse.Namespace, _: dict[str, Any]) -> str:
-    from acformer.lab.bench.report import page
+    from acformer.files import write_text
+    from acformer.lab.bench.result_page import page
 
-    text, path = page(arguments.out), arguments.out / "README.md"
-    path.write_text(text, encoding="utf-8")
+    path = arguments.out / "README.md"
+    write_text(path, page(arguments.out))
     return str(path)

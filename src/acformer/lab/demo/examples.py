@@ -10,9 +10,9 @@ from acformer.data.datasets import named_dataset
 from acformer.errors import CheckpointError, DataError
 from acformer.fetch.embedded import embedded_path
 from acformer.images import load_image
+from acformer.lab.scenes.difficulty import DIFFICULTIES
 from acformer.lab.scenes.draw import draw_scene
 from acformer.lab.scenes.layout import make_scene
-from acformer.lab.scenes.levels import LEVELS
 from acformer.training.recipe import load_recipe
 
 ANY_MODEL = ("What is in the picture?", "Describe the picture in one sentence.", "What colour stands out?")
@@ -53,7 +53,7 @@ def _shape() -> Image.Image:
 
 
 def _scene() -> Image.Image:
-    return draw_scene(make_scene(LEVELS["openmoji-scenes-small"], "test", 1))
+    return draw_scene(make_scene(DIFFICULTIES["openmoji-scenes-small"], "test", 1))
 
 
 def _photograph() -> Image.Image:

@@ -12,7 +12,7 @@ from acformer.data.conversation import encode_prompt
 from acformer.errors import UsageError
 from acformer.evaluate.generate import decode, generation_options
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.lab.bench.floors import kv_bytes
+from acformer.lab.bench.roofline import kv_bytes
 from acformer.lab.demo.look import Eye, Look, now
 from acformer.lab.demo.pins import Pins, steer
 

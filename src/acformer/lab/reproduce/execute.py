@@ -10,13 +10,14 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from acformer.connectors import CONNECTORS
 from acformer.data.collate import Collator, ConversationDataset
@@ -29,13 +30,14 @@ from acformer.files import locked
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import parse_device
 from acformer.hf.checkpoints import load_model
-from acformer.lab.reproduce.heads_first import heads_recipe, taught_by_heads, text_width
-from acformer.lab.reproduce.plans import READER, Scale
-from acformer.lab.reproduce.reading import WIDTH, num_parameters, reader_loss, reader_scores, train_reader, with_prior
+from acformer.lab.reproduce.plans import PROBE, Scale
+from acformer.lab.reproduce.probe_pretraining import pretrained_by_probe, probe_recipe, text_width
 from acformer.lab.reproduce.records import read_record, write_record
 from acformer.lab.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
+from acformer.lab.reproduce.train_probe import WIDTH, probe_loss, probe_scores, train_probe, with_prior
 from acformer.lab.reproduce.variants import shortened, with_factor, with_fraction, with_steps
-from acformer.provenance import machine
+from acformer.lab.training_step import autocast, training_step
+from acformer.provenance import device_name, machine
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.stages import cached_features, stage_samples, train
 from acformer.training.trainer import freeze, module_parameters
@@ -66,10 +68,13 @@ class Task:
 
     def do(self, folder: Path) -> None:
         """Do it in this folder."""
-        if isinstance(self.job, Run):
-            record = _measure(self, self.job, folder)
-        else:
-            record = _try(self, self.job, folder) if isinstance(self.job, Trial) else _time(self, self.job, folder)
+        match self.job:
+            case Run():
+                record = _measure(self, self.job, folder)
+            case Trial():
+                record = _try(self, self.job, folder)
+            case Timing():
+                record = _time(self, self.job, folder)
         write_record(job_path(self.results, self.job), {"fingerprint": self.job.fingerprint, **record})
         if not self.keep_models:
             _remove_models(folder)
@@ -98,8 +103,8 @@ def _refuse_unknown(job: Job) -> None:
 def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
     """The loss on held-out data that the factor comes to; none where training diverged."""
     run, search = trial.run, trial.run.scale.search
-    if run.scale.heads:
-        recipe, width = heads_recipe(run), text_width(run.recipe.model)
+    if run.scale.probe:
+        recipe, width = probe_recipe(run), text_width(run.recipe.model)
     else:
         recipe, width = task.recipe(run, folder), WIDTH
     recipe = shortened(with_factor(replace(recipe, seed=trial.seed), trial.factor), search.fraction)
@@ -111,9 +116,9 @@ def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def trial_loss(recipe: Recipe, data: str, limit: int, width: int = WIDTH) -> float:
-    """The loss on held-out data of what the recipe trains; `width`: of the tokens, where heads read them."""
-    if recipe.model.text == READER:
-        return reader_loss(train_reader(recipe, width).learner, data.partition(":")[2], limit)
+    """The loss on held-out data of what the recipe trains; `width`: of the tokens that a probe is given."""
+    if recipe.model.text == PROBE:
+        return probe_loss(train_probe(recipe, width).probed, data.partition(":")[2], limit)
     parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
     return answer_loss(parts, recipe, evaluation_samples(data, limit))
 
@@ -139,13 +144,13 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
     """Trained with the learning rate that its trials chose, evaluated on all data, timed."""
     started = time.monotonic()
     factor, losses = best_factor(run, task.results)
-    recipe, heads = with_fraction(task.recipe(run, folder), run.fraction), None
-    if run.scale.heads:
-        heads = with_factor(with_fraction(heads_recipe(run), run.fraction), factor)
-        recipe = taught_by_heads(recipe, heads, folder / f"heads-x{factor:g}" / "model")
+    recipe, probe = with_fraction(task.recipe(run, folder), run.fraction), None
+    if run.scale.probe:
+        probe = with_factor(with_fraction(probe_recipe(run), run.fraction), factor)
+        recipe = pretrained_by_probe(recipe, probe, folder / f"probe-x{factor:g}" / "model")
     else:
         recipe = with_factor(recipe, factor)
-    measure = reader_figures if recipe.model.text == READER else model_figures
+    measure = probe_figures if recipe.model.text == PROBE else model_figures
     return {
         "connector": recipe.model.connector,
         "num_tokens": run.num_tokens,
@@ -156,8 +161,8 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
         "losses_of_factors": losses,
         "seconds": round(time.monotonic() - started, 1),
         "recipe": asdict(recipe),
-        **({"heads": asdict(heads)} if heads else {}),
-        "device": _device_name(parse_device("auto")),
+        **({"heads": asdict(probe)} if probe else {}),
+        "device": device_name(parse_device("auto")),
         **machine(),
     }
 
@@ -165,17 +170,13 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
 def _time(task: Task, timing: Timing, folder: Path) -> dict[str, Any]:
     """Median seconds of forward, backward and update; at a rate so low that nothing diverges."""
     recipe = with_factor(replace(task.recipe(timing.run, folder), seed=timing.seed), 1e-3)
-    if recipe.model.text == READER:
-        seconds = train_reader(with_steps(recipe, WARM_UP_STEPS + TIMED_STEPS)).seconds
+    if recipe.model.text == PROBE:
+        seconds = train_probe(with_steps(recipe, WARM_UP_STEPS + TIMED_STEPS)).seconds
     else:  # a step of training builds the model as the recipe has it
         parts = load_model(str(train(with_steps(recipe, 1), progress=False)), device=parse_device("auto"))
         seconds = step_seconds(parts, recipe, folder)
     median = statistics.median(seconds[WARM_UP_STEPS:])
-    return {"step_seconds": round(median, 5), "device": _device_name(parse_device("auto")), **machine()}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"step_seconds": round(median, 5), "device": device_name(parse_device("auto")), **machine()}
 
 
 def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
@@ -188,21 +189,24 @@ def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
         out = folder / f"eval-{number}"
         found = evaluate(parts, data, out, limit=scale.limit, features=features, progress=False)
         scores[data] = with_prior(found, data, [as_reply(sample) for sample in samples])
-    weights = sum(parameter.numel() for parameter in module_parameters(parts[0])["connector"])
-    return {"scores": scores, "num_parameters": weights}
+    return {"scores": scores, "num_parameters": _num_weights(module_parameters(parts[0])["connector"])}
 
 
-def reader_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
-    """The same of a connector whose tokens the heads read."""
-    trained = train_reader(recipe)
+def probe_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:
+    """The same of a connector with a probe."""
+    trained = train_probe(recipe)
     return {
         "scores": {
-            data: reader_scores(trained.learner, data, folder / f"eval-{number}", scale.limit)
+            data: probe_scores(trained.probed, data, folder / f"eval-{number}", scale.limit)
             for number, data in enumerate(scale.data)
         },
-        "num_parameters": num_parameters(trained.learner),
+        "num_parameters": _num_weights(trained.probed.connector.parameters()),
         "loss_curve": trained.curve(),
     }
+
+
+def _num_weights(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _loader(parts: Parts, recipe: Recipe, spec: StageSpec, samples: list[Sample]) -> Iterator[dict[str, Any]]:
@@ -241,15 +245,16 @@ def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> list[float]:
     samples, _ = stage_samples(replace(spec, max_samples=min(enough, spec.max_samples or enough)), folder / "timing")
     batch = next(_loader(parts, recipe, spec, samples))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    use_bf16 = spec.training.get("bf16", False)
+    dtype = torch.bfloat16 if spec.training.get("bf16", False) else torch.float32
+
+    def compute_loss() -> Tensor:
+        with autocast(model.device, dtype):
+            return model(**batch, supervised_only=True).loss
+
     seconds = []
     for _ in range(WARM_UP_STEPS + TIMED_STEPS):
         start = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16) if use_bf16 else nullcontext():
-            loss = model(**batch, supervised_only=True).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        training_step(compute_loss, optimizer)
         if model.device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)

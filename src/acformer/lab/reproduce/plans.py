@@ -12,10 +12,10 @@ from typing import Any
 from acformer.errors import UsageError, unknown_name
 from acformer.training.recipe import Recipe, load_recipe
 
-READER = "scene-reader"
-"""As `model.text` of a recipe: no language model, small heads read the tokens."""
+PROBE = "scene-reader"
+"""As `model.text` of a recipe: no language model, a small probe is given the tokens. The name is in records."""
 OWN_RECIPES = {"scenes-cpu": Path(__file__).with_name("scenes-cpu.yaml")}
-"""Recipes with such heads, by name; not of `acformer train`, since there would be no model to save."""
+"""Recipes with a probe, by name; not of `acformer train`, since there would be no model to save."""
 
 
 def table_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,7 +24,7 @@ def table_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line of a table: a connector with the options in which it differs from its defaults at a budget."""
 
     name: str
@@ -37,7 +37,7 @@ class Search:
     """How every row finds its learning rate: the same short trials, the lowest loss on held-out data wins.
 
     factors: of the recipe's learning rate of the connector, in every stage. fraction: of the steps of a run.
-    data, limit: the first so many questions (for heads: scenes) of another data set than the table's. seed: of the
+    data, limit: the first so many questions (for a probe: scenes) of another data set than the table's. seed: of the
     trials.
     """
 
@@ -55,9 +55,9 @@ class Scale:
     recipe: name or file; all that there is to a training but connector, learning rate and seed. overrides: changes of
     it, `key=value` as in `acformer train`. budgets: T, visual tokens. data: what is evaluated, the first `limit`
     questions. sizes: options of single connectors where their defaults are not of this size (a recipe's own
-    `connector_kwargs` are taken by all stacks). heads: a recipe with heads (`acformer.lab.reproduce.reading`), by which
-    every run's connector is taught before the recipe; the learning rate is then looked for there. fetch: embedded names
-    that must be there.
+    `connector_kwargs` are taken by all stacks). probe: a recipe (see `acformer.lab.reproduce.train_probe`) by which
+    every run's connector is trained with a probe first; the learning rate is then looked for there. fetch: embedded
+    names that must be there.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Scale:
     limit: int | None = None
     scaling_budget: int = 33
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    heads: str | None = None
+    probe: str | None = None
     fetch: tuple[str, ...] = ()
     needs_accelerator: bool = False
     note: str = ""
@@ -79,28 +79,29 @@ class Scale:
         """The recipe as it is run, without what every run sets itself.
 
         Raises:
-            UsageError: there is no such recipe; heads would be taught one level of scenes and asked about another.
+            UsageError: there is no such recipe; a probe would be trained on one kind of scenes and asked about another.
         """
         recipe = table_recipe(self.recipe, self.overrides)
         if recipe.from_model is not None:
             raise UsageError(f"from_model={recipe.from_model}: what a table compares is trained from nothing")
-        heads = table_recipe(self.heads) if self.heads else recipe
-        if self.heads and (heads.model.text != READER or recipe.model.text == READER):
+        probe = table_recipe(self.probe) if self.probe else recipe
+        if self.probe and (probe.model.text != PROBE or recipe.model.text == PROBE):
             raise UsageError(
-                f"scale {self.name!r}: model.text is {READER} in heads={self.heads} and in no other recipe"
+                f"scale {self.name!r}: model.text must be {PROBE} in probe={self.probe} and in no other recipe"
             )
-        if heads.model.text == READER and heads.finetune:
-            self._refuse_other_scenes(heads.finetune.data)
+        if probe.model.text == PROBE and probe.finetune:
+            self._refuse_other_scenes(probe.finetune.data)
         return replace(recipe, name=Path(self.recipe).stem, output_dir="", resume=True)
 
-    def _refuse_other_scenes(self, taught: str) -> None:
-        """Heads know the nouns and words of one level: of another's questions they would be scored on noise."""
-        level = taught.partition(":")[0]
+    def _refuse_other_scenes(self, trained_on: str) -> None:
+        """A probe knows the nouns and words of one difficulty: of another's questions it would be scored on noise."""
+        scenes = trained_on.partition(":")[0]
         for data in (*self.data, self.search.data):
-            if (asked := data.partition(":")[0]) != level:
+            if (asked := data.partition(":")[0]) != scenes:
                 raise UsageError(
-                    f"finetune.data={taught} teaches the heads {level}, but scale {self.name!r} asks about {data}: "
-                    f"give finetune.data={asked}:captions, or in Python a Scale whose data and search.data are {level}"
+                    f"finetune.data={trained_on} trains the probe on {scenes}, but scale {self.name!r} asks about "
+                    f"{data}: give finetune.data={asked}:captions, or in Python a Scale whose data and search.data "
+                    f"are {scenes}"
                 )
 
 
@@ -114,7 +115,7 @@ class Plan:
     name: str
     asks: str
     scale: Scale
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     fractions: tuple[float, ...] = ()
     table: str | None = None
 
@@ -136,7 +137,7 @@ class Table:
     """A plan without its scale; `rows` looks into the registries when it is called."""
 
     asks: str
-    rows: Callable[[], tuple[Row, ...]]
+    rows: Callable[[], tuple[TableRow, ...]]
     fractions: tuple[float, ...] = ()
 
 
@@ -169,7 +170,7 @@ def plan_for(
     return Plan(name or table, chosen.asks, size, chosen.rows(), chosen.fractions, variant_of)
 
 
-def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:
+def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[TableRow, ...]:
     """The rows of these connectors (or rows of that name); all by default."""
     if names is None:
         return plan.rows
@@ -183,29 +184,29 @@ def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[Row, ...]:
     return tuple(row for row in plan.rows if {row.name, row.connector} & set(names))
 
 
-def every_connector() -> tuple[Row, ...]:
+def every_connector() -> tuple[TableRow, ...]:
     """Table 3: one row a connector."""
     from acformer.connectors import CONNECTORS, list_connectors
 
     variants = [name for name, alias in CONNECTORS.aliases.items() if alias.options]  # an experiment with its own name
-    return tuple(Row(name, name) for name in sorted([*list_connectors(), *variants]))
+    return tuple(TableRow(name, name) for name in sorted([*list_connectors(), *variants]))
 
 
-def every_selector() -> tuple[Row, ...]:
+def every_selector() -> tuple[TableRow, ...]:
     """Table 4: every selector's tokens direct in, and as queries; the anchors drawn while training; all tokens."""
     from acformer.anchors.selectors import SELECTORS
 
     selectors = sorted([*SELECTORS.names(), *SELECTORS.aliases])
     pairs = [(connector, selector) for connector in ("acformer", "direct") for selector in selectors]
     pairs.remove(("acformer", "random"))  # as in Table 3, it is called random_pr
-    selected = (Row(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
-    drawn = Row("acformer-stochastic", "acformer", {"stochastic_anchors": True})
-    return (*selected, drawn, *(Row(name, name) for name in ("random_pr", "e_vit", "mlp")))
+    selected = (TableRow(f"{connector}-{selector}", connector, {"selector": selector}) for connector, selector in pairs)
+    drawn = TableRow("acformer-stochastic", "acformer", {"stochastic_anchors": True})
+    return (*selected, drawn, *(TableRow(name, name) for name in ("random_pr", "e_vit", "mlp")))
 
 
-def few_connectors() -> tuple[Row, ...]:
+def few_connectors() -> tuple[TableRow, ...]:
     """Figure 1: learned, pooled and anchor queries, and all tokens."""
-    return tuple(Row(name, name) for name in ("acformer", "mlp", "perceiver", "pooling"))
+    return tuple(TableRow(name, name) for name in ("acformer", "mlp", "perceiver", "pooling"))
 
 
 TABLES = {
@@ -239,11 +240,11 @@ SCALES = {
             scaling_budget=37,
             sizes=ON_TWO_CORES,
             fetch=("dinov2-s14", "openmoji", "photographs"),
-            note="No language model: small heads read the tokens, and rules turn what they say into answers "
-            "(`docs/reproduce.md`). This shows what the tokens still know, not how a model would answer. Heads do not "
-            "mix tokens, which favours connectors that do; `mlp` over all tokens is no ceiling. Stacks, abstractors "
-            "and the Q-Former have one or two layers in place of six or more, `token_packer` the feature layer alone. "
-            "A printed number counts as wrong: heads name words only.",
+            note="No language model: a small probe is given the tokens, and rules turn its predictions into answers "
+            "(`docs/reproduce.md`). This shows what the tokens still hold, not how a model would answer. The probe "
+            "does not mix tokens, which favours connectors that do; `mlp` over all tokens is no ceiling. Stacks, "
+            "abstractors and the Q-Former have one or two layers in place of six or more, `token_packer` the feature "
+            "layer alone. A printed number counts as wrong: the probe names words only.",
         ),
         Scale(
             "cpu-lm",
@@ -253,9 +254,9 @@ SCALES = {
             search=Search("openmoji-scenes-small:validation", fraction=0.2),
             scaling_budget=37,
             sizes=ON_TWO_CORES,
-            heads="scenes-cpu",
+            probe="scenes-cpu",
             fetch=("dinov2-s14", "openmoji", "photographs"),
-            note="A language model of 1 M parameters answers. Small heads taught every row's connector first, since "
+            note="A language model of 1 M parameters answers. A small probe trained every row's connector first, since "
             "the language model alone does not find out in what two cores allow that image tokens tell it anything "
             "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
             "more, `token_packer` the feature layer alone.",

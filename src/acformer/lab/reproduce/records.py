@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from acformer.errors import DataError, UsageError
+from acformer.files import write_text
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """A JSON file, in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from acformer.errors import AcFormerError, UsageError
 from acformer.fetch.embedded import fetch
+from acformer.files import write_text
 from acformer.hf.build import new_text_config
 from acformer.lab.reproduce.execute import Task
-from acformer.lab.reproduce.figure import draw_figure
-from acformer.lab.reproduce.plans import READER, Plan, chosen_rows
+from acformer.lab.reproduce.plans import PROBE, Plan, chosen_rows
+from acformer.lab.reproduce.plot_scores import plot_scores
 from acformer.lab.reproduce.records import take_over
 from acformer.lab.reproduce.runs import (
     Cell,
@@ -26,7 +27,7 @@ from acformer.lab.reproduce.runs import (
     refuse_idle_overrides,
 )
 from acformer.lab.reproduce.schedule import default_jobs, run_tasks
-from acformer.lab.reproduce.tables import Measured, all_errors, table_text
+from acformer.lab.reproduce.tables import Measured, all_errors, student_t, table_text
 from acformer.training.arguments import check_arguments
 from acformer.training.recipe import Recipe
 
@@ -58,14 +59,15 @@ def reproduce(
 
     Raises:
         UsageError: names that do not exist, records of another plan, an override that changes nothing, no accelerator
-        where the scale needs one. DataError: a record that cannot be read.
+        where the scale needs one, no scipy. DataError: a record that cannot be read.
         AcFormerError: some runs failed (after all others were made and the table was written).
     """
     chosen = chosen_rows(plan, connectors)
+    student_t(1)  # tells of a missing scipy now, not when everything is trained
     if plan.scale.needs_accelerator and not torch.accelerator.is_available():
         raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
     recipe = plan.scale.load_recipe()  # a missing one is told before anything is fetched
-    if recipe.model.text != READER:
+    if recipe.model.text != PROBE:
         _refuse_unfit_language_model(recipe)
     if plan.scale.fetch:
         fetch(plan.scale.fetch, progress=progress)
@@ -93,7 +95,7 @@ def reproduce(
 
 
 def _refuse_unfit_language_model(recipe: Recipe) -> None:
-    """What is wrong with its training is told now, not when heads have been taught for every row."""
+    """What is wrong with its training is told now, not when every row has been trained with a probe."""
     if isinstance(recipe.model.text, dict):
         new_text_config(recipe.model.text)
     for _, spec in recipe.stages():
@@ -112,9 +114,8 @@ def _write(plan: Plan, cells: list[Cell], results: Path) -> str:
     """The table and the figure of what there is by now."""
     measured = [Measured.of(cell, results) for cell in cells]
     text = table_text(plan, measured)
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "table.md").write_text(text, encoding="utf-8")
-    draw_figure(plan, measured, results / "figure")
+    write_text(results / "table.md", text)
+    plot_scores(plan, measured, results / "figure")
     return text
 
 

@@ -17,10 +17,10 @@ from acformer.connectors.resampler import Resampler
 from acformer.errors import AcFormerError, UsageError
 from acformer.fetch.embedded import resolve
 from acformer.hf.build import parse_dtype
-from acformer.lab.reproduce.plans import Plan, Row, Scale, table_recipe
+from acformer.lab.reproduce.plans import Plan, Scale, TableRow, table_recipe
 from acformer.lab.reproduce.records import made_record, read_record
-from acformer.lab.scenes.levels import VERSION
-from acformer.lab.scenes.reader import READER_VERSION
+from acformer.lab.scenes.difficulty import VERSION
+from acformer.lab.scenes.probe import PROBE_VERSION
 from acformer.training.recipe import ModelSpec, Recipe
 from acformer.vision.encoder import load_tower, patch_grid
 from acformer.vision.families import num_prefix_tokens
@@ -31,7 +31,7 @@ class Run:
     """One training and what is measured of it.
 
     recipe: but for what is found when it runs: the learning rate, the number of samples that is a `fraction` of all.
-    start: fingerprint of the heads' recipe, where heads teach the connector first.
+    start: fingerprint of the probe's recipe, where the connector is trained with a probe first.
     """
 
     row: str
@@ -101,7 +101,7 @@ class Trial:
     def fingerprint(self) -> str:
         """The same for every seed and share of the samples."""
         recipe, search = replace(self.run.recipe, seed=0), asdict(self.run.scale.search)
-        if self.run.start:  # what comes after the heads does not change this one
+        if self.run.start:  # what comes after the probe does not change this one
             recipe = replace(recipe, pretrain=None, finetune=None)
         del search["factors"]  # what else is tried does not change this one
         tried = {"recipe": as_recorded(recipe), "factor": self.factor, "search": search, "start": self.run.start}
@@ -148,7 +148,7 @@ def job_record(results: Path, job: Job) -> dict[str, Any] | None:
 class Cell:
     """A row at a budget with a share of the samples: its runs, one a seed, or why it cannot be run."""
 
-    row: Row
+    row: TableRow
     budget: int
     fraction: float
     runs: tuple[Run, ...] = ()
@@ -192,16 +192,16 @@ def as_recorded(recipe: Recipe) -> dict[str, Any]:
 
 
 def what_decides(recipe: Recipe) -> dict[str, Any]:
-    """What decides a score and is not in the recipe: the connector's defaults, the versions of scenes and heads."""
+    """What decides a score and is not in the recipe: the connector's defaults, the versions of scenes and probe."""
     name = recipe.model.connector
     known = {key: str(value) for key, value in connector_options(name).items() if key not in NOT_RECORDED.get(name, ())}
     options = {FORMER_NAMES.get(key, key): value for key, value in known.items()}
-    return {"defaults": options, "scenes": VERSION, "reader": READER_VERSION}
+    return {"defaults": options, "scenes": VERSION, "reader": PROBE_VERSION}
 
 
 def start_fingerprint(scale: Scale) -> str:
-    """Of the recipe of the heads that teach first; empty without them."""
-    return fingerprint(asdict(table_recipe(scale.heads))) if scale.heads else ""
+    """Of the recipe of the probe that comes first; empty without one."""
+    return fingerprint(asdict(table_recipe(scale.probe))) if scale.probe else ""
 
 
 def cells_of(plan: Plan) -> list[Cell]:
@@ -213,7 +213,7 @@ def cells_of(plan: Plan) -> list[Cell]:
     return [_cell(plan, base, geometry, row, budget, fraction) for budget, fraction in places for row in plan.rows]
 
 
-def _cell(plan: Plan, base: Recipe, geometry: Geometry, row: Row, budget: int, fraction: float) -> Cell:
+def _cell(plan: Plan, base: Recipe, geometry: Geometry, row: TableRow, budget: int, fraction: float) -> Cell:
     try:
         options = row_options(row, base.model, plan.scale.sizes, geometry, budget)
         with torch.device("meta"):
@@ -246,7 +246,7 @@ def _what_is_made(cells: list[Cell]) -> list[tuple[str, list[str]]]:
 
 
 def row_options(
-    row: Row, model: ModelSpec, sizes: Mapping[str, Mapping[str, Any]], geometry: Geometry, budget: int
+    row: TableRow, model: ModelSpec, sizes: Mapping[str, Mapping[str, Any]], geometry: Geometry, budget: int
 ) -> dict[str, Any]:
     """A row's connector_kwargs at a budget, without what is default anyway.
 

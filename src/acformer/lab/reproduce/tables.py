@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from acformer.errors import UsageError
+from acformer.lab.markdown import markdown_table
 from acformer.lab.reproduce.plans import Plan, Scale
 from acformer.lab.reproduce.records import read_record
 from acformer.lab.reproduce.runs import Cell, Job, Timing, job_path, job_record, records_of
@@ -52,7 +52,7 @@ class Measured:
         return self.timing["step_seconds"] if self.timing else math.nan
 
     def learned(self, data: str) -> bool:
-        """Whether the average is above the blind one by more than its interval (of one seed: that over pictures)."""
+        """Whether the average is above the blind one by more than its interval (of one seed: that over images)."""
         scores = [shown_scores(record["scores"][data])[AVERAGE] for record in self.records]
         mean, half = mean_interval([score.value for score in scores])
         low = scores[0].low if math.isnan(half) else mean - half
@@ -60,7 +60,7 @@ class Measured:
 
 
 class Score(NamedTuple):
-    """A score, the lower end of its interval over pictures, and what is scored without a look; nan if not known."""
+    """A score, the lower end of its interval over images, and what is scored without a look; nan if not known."""
 
     value: float
     low: float = math.nan
@@ -79,12 +79,13 @@ def shown_scores(scores: dict[str, Any]) -> dict[str, Score]:
     return {name: Score(column["score"], column["interval"][0], column["blind"]) for name, column in columns.items()}
 
 
-def student_t(freedom: int, level: float = 0.95) -> float:
-    """t with P(|T| < t) = level. With T = sqrt(freedom) tan(a) the density of a is cos(a)^(freedom - 1)."""
-    angles = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angles) ** (freedom - 1)
-    below = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(level, below / below[-1], angles)))
+def student_t(freedom: int, confidence: float = 0.95) -> float:
+    """t with P(|T| < t) = `confidence`. `UsageError` without scipy."""
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise UsageError(f"intervals over seeds need scipy ({error}): pip install 'acformer[lab]'") from error
+    return float(t.ppf((1 + confidence) / 2, freedom))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -108,9 +109,9 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         plan.asks,
         f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
         f"{_rates(scale)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
-        "*average* is the mean of the families, *blind* what is scored without a look at the picture, in each family "
-        "the better of the most frequent answers and, of questions about scenes, of heads that see nothing. *step* is "
-        "the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
+        "*average* is the mean of the families, *blind* what is scored without a look at the image, in each family "
+        "the better of the most frequent answers and, of questions about scenes, of a probe that sees nothing. *step* "
+        "is the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
         "that learning rate that was best, with < or > where it is the lowest or highest tried and a better one "
         "may lie beyond.",
         scale.note,
@@ -131,11 +132,11 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
 def _rates(scale: Scale) -> str:
     """How the connector's learning rate was found."""
     found = f"is the best of {len(scale.search.factors)} tried by every row for {scale.search.fraction:g} of the steps"
-    if scale.heads is None:
+    if scale.probe is None:
         return f"the connector's learning rate {found}."
     return (
-        f"before it, every row's connector was taught by the heads of `{scale.heads}`, whose data and steps are their "
-        f"own. There the connector's learning rate {found} (*rate*); after the heads it is the same for all rows."
+        f"before it, every row's connector was trained with the probe of `{scale.probe}`, whose data and steps are its "
+        f"own. There the connector's learning rate {found} (*rate*); after the probe it is the same for all rows."
     )
 
 
@@ -151,7 +152,7 @@ def _table(cells: Sequence[Measured], data: str) -> str:
     missing = [cell for cell in cells if not cell.records]
     lines += [[f"`{cell.name}`", "", "failed", *[""] * (len(head) - 3)] for cell in missing if cell.errors]
     lines.append(["*blind*", "", *blind, "", "", "", ""])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+    table = markdown_table(head, lines)
     unknown = ", ".join(f"`{cell.name}`" for cell in missing if not cell.errors)
     return f"{table}\n\nNot measured: {unknown}." if unknown else table
 

@@ -1,24 +1,24 @@
-"""Answers to a scene's questions from what `SceneReader` says is there: rules, the same for every connector."""
+"""Answers to a scene's questions from what `SceneProbe` predicts: rules, the same for every connector."""
 
 from torch import Tensor
 
-from acformer.lab.scenes.facts import NUMBER, entries
+from acformer.lab.scenes.difficulty import Difficulty
 from acformer.lab.scenes.layout import SIDE, SIZES, Thing, place_name
-from acformer.lab.scenes.levels import Level
 from acformer.lab.scenes.questions import ANSWERS, LETTERS, SIDES, Question, offset
+from acformer.lab.scenes.targets import NUMBER, class_names
 
 
-class SceneAnswers:
-    """Answers questions about one picture; `said`: what the reader says of it, without the batch dimension."""
+class ProbeAnswers:
+    """Answers questions about one image; `predictions`: of `SceneProbe`, without the batch dimension."""
 
-    def __init__(self, level: Level, said: dict[str, Tensor]):
-        self.level, self.said = level, said
-        names = entries(level)
+    def __init__(self, difficulty: Difficulty, predictions: dict[str, Tensor]):
+        self.difficulty, self.predictions = difficulty, predictions
+        names = class_names(difficulty)
         self.index = {name: number for number, name in enumerate(names)}
-        self.nouns, self.words = names[: len(level.nouns)], names[len(level.nouns) :]
+        self.nouns, self.words = names[: len(difficulty.nouns)], names[len(difficulty.nouns) :]
 
     def answer(self, question: Question) -> str:
-        """The text of the answer; questions name nouns of the level."""
+        """The text of the answer; questions name nouns of the difficulty."""
         family, _, variant = question.kind.partition("-")
         match family, variant:
             case "exist", _:
@@ -28,11 +28,11 @@ class SceneAnswers:
             case "relate", _:
                 return self._seen_from(*question.about)
             case "count", "all":
-                return str(self.level.objects[0] + int(self.said["total"].argmax()))
+                return str(self.difficulty.objects[0] + int(self.predictions["total"].argmax()))
             case "count", _:
-                return str(1 + int(self.said["count"][self.index[question.about[0]]].argmax()))
+                return str(1 + int(self.predictions["count"][self.index[question.about[0]]].argmax()))
             case "attribute", "size":
-                share = float(self.said["size"][self.index[question.about[0]]])
+                share = float(self.predictions["size"][self.index[question.about[0]]])
                 return SIZES[min(max(int(share * 3), 0), 2)]
             case "attribute", _:
                 return place_name(self._thing(question.about[0]))
@@ -44,18 +44,18 @@ class SceneAnswers:
         raise ValueError(f"no rule for questions of kind {question.kind!r}")
 
     def _present(self, name: str) -> float:
-        return float(self.said["present"][self.index[name]])
+        return float(self.predictions["present"][self.index[name]])
 
     def _thing(self, name: str) -> Thing:
-        x, y = self.said["place"][self.index[name]].tolist()
+        x, y = self.predictions["place"][self.index[name]].tolist()
         return Thing(name, x * SIDE, y * SIDE, 0, 0)
 
     def _neighbour(self, name: str, side: str) -> str:
-        """Of the other nouns that are there (at least the likeliest one), the furthest on that side."""
+        """Of the other nouns that are present (at least the likeliest one), the furthest on that side."""
         others = sorted((noun for noun in self.nouns if noun != name), key=self._present, reverse=True)
-        there = [noun for noun in others if self._present(noun) > 0] or others[:1]
+        present = [noun for noun in others if self._present(noun) > 0] or others[:1]
         origin = self._thing(name)
-        return max(there, key=lambda noun: offset(self._thing(noun), origin, side)[0])
+        return max(present, key=lambda noun: offset(self._thing(noun), origin, side)[0])
 
     def _seen_from(self, name: str, origin: str) -> str:
         thing, seer = self._thing(name), self._thing(origin)
@@ -69,7 +69,7 @@ class SceneAnswers:
         return "a number" if likely[0] == NUMBER else likely[0]
 
 
-def split(said: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """One dict a picture, on the CPU."""
-    moved = {name: value.detach().float().cpu() for name, value in said.items()}
+def split(predictions: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """One dict an image, on the CPU."""
+    moved = {name: value.detach().float().cpu() for name, value in predictions.items()}
     return [{name: value[row] for name, value in moved.items()} for row in range(len(moved["present"]))]

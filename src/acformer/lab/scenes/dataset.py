@@ -1,9 +1,9 @@
-"""Scenes as samples: `openmoji-scenes[-small]:PART`, with every picture drawn when it is first wanted.
+"""Scenes as samples: `openmoji-scenes[-small]:PART`, with every image drawn when it is first wanted.
 
 Parts: `train`, `validation`, `test`, `novel` (questions); over the scenes of `train` `captions` (stage 1), `dialogues`
 (all questions of a scene in one conversation), `talks` (the caption on request, and the questions as a dialogue in a
-shuffled order: two samples a scene) and `text` (the captions in place of the pictures).
-Pictures lie in `<cache>/<level>-<VERSION>/<split>/NNNNNN.png`; a picture that is there is whole.
+shuffled order: two samples a scene) and `text` (the captions in place of the images).
+Images lie in `<cache>/<difficulty>-<VERSION>/<split>/NNNNNN.png`; an image that is there is whole.
 """
 
 import os
@@ -23,9 +23,9 @@ from acformer.errors import unknown_name
 from acformer.fetch.embedded import cache_dir
 from acformer.files import locked
 from acformer.lab.scenes.captions import caption
+from acformer.lab.scenes.difficulty import DIFFICULTIES, SPLITS, VERSION, Difficulty
 from acformer.lab.scenes.draw import draw_scene
 from acformer.lab.scenes.layout import Scene, make_scene
-from acformer.lab.scenes.levels import LEVELS, SPLITS, VERSION, Level
 from acformer.lab.scenes.questions import ask
 
 IMAGE = {"type": "image"}
@@ -36,7 +36,7 @@ KNOWN_SCENES = 2000  # of the train split: enough for the frequencies of answers
 
 @dataclass(frozen=True)
 class SceneDataset(Dataset):
-    """`openmoji-scenes[-small]` as a data set of `acformer.data.datasets`; name: of the level."""
+    """`openmoji-scenes[-small]` as a data set of `acformer.data.datasets`; name: of its difficulty."""
 
     name: str
 
@@ -60,42 +60,42 @@ SCENES_SMALL = SceneDataset("openmoji-scenes-small")
 
 
 def scene_samples(name: str, part: str, limit: int | None = None, *, progress: bool = True) -> list[Sample]:
-    """The first `limit` samples of a part, their pictures drawn.
+    """The first `limit` samples of a part, their images drawn.
 
     Errors: `UsageError` for an unknown part; `DataError` without `acformer fetch openmoji photographs`.
     """
     chosen = list(islice(undrawn_samples(name, part), limit))
     numbers = sorted({sample.record for sample in chosen if sample.images})
-    draw_missing(LEVELS[name], _split(name, part), numbers, progress=progress)
+    draw_missing(DIFFICULTIES[name], _split(name, part), numbers, progress=progress)
     return chosen
 
 
 def undrawn_samples(name: str, part: str) -> Iterator[Sample]:
-    """All samples of a part one by one, without their pictures; `record` is the scene's number.
+    """All samples of a part one by one, without their images; `record` is the scene's number.
 
     Errors: `UsageError` for an unknown part.
     """
-    level, split = LEVELS[name], _split(name, part)
-    for number in range(level.num_scenes(split)):
-        yield from _samples(make_scene(level, split, number), picture_path(level, split, number), part, number)
+    difficulty, split = DIFFICULTIES[name], _split(name, part)
+    for number in range(difficulty.num_scenes(split)):
+        yield from _samples(make_scene(difficulty, split, number), image_path(difficulty, split, number), part, number)
 
 
-def draw_missing(level: Level, split: str, numbers: list[int], *, progress: bool = True) -> None:
-    """Draw the pictures of these scenes that are not there yet; safe to interrupt and to run twice at once."""
-    folder = picture_path(level, split, 0).parent
+def draw_missing(difficulty: Difficulty, split: str, numbers: list[int], *, progress: bool = True) -> None:
+    """Draw the images of these scenes that are not there yet; safe to interrupt and to run twice at once."""
+    folder = image_path(difficulty, split, 0).parent
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
-        missing = [number for number in numbers if not picture_path(level, split, number).exists()]
-        for number in tqdm(missing, desc=f"draw {level.name} {split}", disable=not (progress and missing)):
-            path = picture_path(level, split, number)
+        missing = [number for number in numbers if not image_path(difficulty, split, number).exists()]
+        for number in tqdm(missing, desc=f"draw {difficulty.name} {split}", disable=not (progress and missing)):
+            path = image_path(difficulty, split, number)
             partial = path.with_suffix(".partial")
-            draw_scene(make_scene(level, split, number)).save(partial, "PNG", compress_level=1)
+            draw_scene(make_scene(difficulty, split, number)).save(partial, "PNG", compress_level=1)
             os.replace(partial, path)
 
 
-def picture_path(level: Level, split: str, number: int) -> Path:
-    """Where the picture of a scene lies once it is drawn."""
-    return cache_dir() / f"{level.name}-{VERSION}" / split / f"{number:06d}.png"
+def image_path(difficulty: Difficulty, split: str, number: int) -> Path:
+    """Where the image of a scene lies once it is drawn."""
+    return cache_dir() / f"{difficulty.name}-{VERSION}" / split / f"{number:06d}.png"
 
 
 def _split(name: str, part: str) -> str:
@@ -108,16 +108,15 @@ def _split(name: str, part: str) -> str:
 def _samples(scene: Scene, path: Path, part: str, number: int) -> Iterator[Sample]:
     match part:
         case "captions":
-            yield _talk(scene, path, f"{part}-{number}", [("", caption(scene))], number)
+            yield _conversation(scene, path, f"{part}-{number}", [("", caption(scene))], number)
         case "talks":
-            yield _talk(scene, path, f"{part}-{number}/0", [(REQUEST, caption(scene))], number)
+            yield _conversation(scene, path, f"{part}-{number}/0", [(REQUEST, caption(scene))], number)
             pairs = _pairs(scene)
             Random(f"{scene.key}/talks").shuffle(pairs)
-            yield _talk(scene, path, f"{part}-{number}/1", pairs, number)
+            yield _conversation(scene, path, f"{part}-{number}/1", pairs, number)
         case "dialogues" | "text":
-            pairs = _pairs(scene)
-            seen = None if part == "text" else path
-            yield _talk(scene, seen, f"{part}-{number}", pairs, number)
+            shown = None if part == "text" else path
+            yield _conversation(scene, shown, f"{part}-{number}", _pairs(scene), number)
         case _:
             yield from _questions(scene, path, part, number)
 
@@ -131,13 +130,13 @@ def _questions(scene: Scene, path: Path, part: str, number: int) -> Iterator[Sam
     for place, question in enumerate(ask(scene, thorough=part != "train")):
         asked = place - question.variant if part != "train" else place
         key = f"{part}-{number}-{asked}/{question.variant}"
-        yield _talk(scene, path, key, [(question.text, question.answer)], number, question.kind)
+        yield _conversation(scene, path, key, [(question.text, question.answer)], number, question.kind)
 
 
-def _talk(
+def _conversation(
     scene: Scene, path: Path | None, key: str, pairs: list[tuple[str, str]], number: int, kind: str | None = None
 ) -> Sample:
-    """A conversation; without a picture its caption opens it."""
+    """A conversation; without an image its caption opens it."""
     messages: list[dict[str, Any]] = []
     for question, answer in pairs:
         messages += [
@@ -146,5 +145,5 @@ def _talk(
         ]
     opening = {"type": "text", "text": f"{caption(scene)} "} if path is None else IMAGE
     messages[0]["content"] = [opening, *(part for part in messages[0]["content"] if part["text"])]
-    images = () if path is None else (path,)
-    return Sample(f"{scene.level.name}:{key}", tuple(messages), images, pairs[-1][1], kind, scene.level.name, number)
+    images, data = () if path is None else (path,), scene.difficulty.name
+    return Sample(f"{data}:{key}", tuple(messages), images, pairs[-1][1], kind, data, number)

@@ -1,39 +1,38 @@
-"""Scene -> picture: Pillow draws OpenMoji's colour font over a colour field, a texture or a crop of a photograph."""
+"""Scene -> image: Pillow draws OpenMoji's colour font over a colour field, a texture or a crop of a photograph."""
 
 from functools import cache, lru_cache
 from pathlib import Path
 from random import Random
 
 import matplotlib
-import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from acformer.fetch.embedded import embedded_path
+from acformer.images import load_image
+from acformer.lab.scenes.difficulty import nouns_by_name
 from acformer.lab.scenes.layout import SIDE, Scene, Thing
-from acformer.lab.scenes.levels import Level, nouns_by_name
 
 EM = 200  # pixels at which a glyph is drawn before it is scaled to its size
 FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "DejaVuSans", "STIXGeneralBol", "cmss10")
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """(336, 336) RGB; needs `acformer fetch openmoji` (and `photographs` where the level uses them)."""
+    """(336, 336) RGB; needs `acformer fetch openmoji photographs`."""
     random = Random(f"{scene.key}/picture")
-    canvas = background(random, scene.level)
+    canvas = background(random)
     for thing in scene.objects:
         glyph = _glyph(nouns_by_name()[thing.text].char)
         side = round(thing.width)
-        picture = glyph.resize((side, side), Image.Resampling.LANCZOS)
-        canvas.paste(picture, (round(thing.x - side / 2), round(thing.y - side / 2)), picture)
+        image = glyph.resize((side, side), Image.Resampling.LANCZOS)
+        canvas.paste(image, (round(thing.x - side / 2), round(thing.y - side / 2)), image)
     for thing in scene.words:
         _print(canvas, thing, random)
     return canvas
 
 
-def background(random: Random, level: Level) -> Image.Image:
-    """A field of one colour, a gradient, a texture, or (if the level has them) a crop of a photograph."""
-    kinds = [_field, _gradient, _noise, _stripes, _photograph, _photograph]
-    return random.choice(kinds if level.photographs else kinds[:4])(random)
+def background(random: Random) -> Image.Image:
+    """A field of one colour, a gradient, a texture, or (one in three) a crop of a photograph."""
+    return random.choice([_field, _gradient, _noise, _stripes, _photograph, _photograph])(random)
 
 
 def _colour(random: Random) -> tuple[int, int, int]:
@@ -57,11 +56,11 @@ def _noise(random: Random) -> Image.Image:
 
 
 def _stripes(random: Random) -> Image.Image:
-    picture, width = _field(random), random.randint(10, 40)
-    draw, second = ImageDraw.Draw(picture), _colour(random)
+    image, width = _field(random), random.randint(10, 40)
+    draw, second = ImageDraw.Draw(image), _colour(random)
     for start in range(0, SIDE, 2 * width):
         draw.rectangle((start, 0, start + width, SIDE), fill=second)
-    return picture.rotate(random.choice((0, 90))).filter(ImageFilter.GaussianBlur(random.uniform(0, 3)))
+    return image.rotate(random.choice((0, 90))).filter(ImageFilter.GaussianBlur(random.uniform(0, 3)))
 
 
 def _photograph(random: Random) -> Image.Image:
@@ -109,5 +108,4 @@ def _glyph(char: str) -> Image.Image:
 @cache
 def _photographs() -> tuple[Image.Image, ...]:
     folder = embedded_path("photographs")
-    pictures = tuple(Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png")))
-    return tuple(Image.fromarray(np.asarray(picture)) for picture in pictures)
+    return tuple(load_image(path) for path in sorted(folder.glob("*.png")))

@@ -1,4 +1,4 @@
-"""What is where in a scene: a pure function of (level, split, number).
+"""What is where in a scene: a pure function of (difficulty, split, number).
 
 Random numbers come from `random.Random` seeded with text, whose sequence Python promises to keep.
 """
@@ -10,7 +10,7 @@ from functools import cache
 from itertools import combinations
 from random import Random
 
-from acformer.lab.scenes.levels import VERSION, Level, Noun, lookalikes
+from acformer.lab.scenes.difficulty import VERSION, Difficulty, Noun, lookalikes
 
 SIDE = 336  # pixels; 24 x 24 patches of 14
 SIZES = ("small", "medium", "large")
@@ -45,7 +45,7 @@ class Scene:
     """objects and words with their places, in reading order; `key` seeds the background and the fonts."""
 
     key: str
-    level: Level
+    difficulty: Difficulty
     objects: tuple[Thing, ...]
     words: tuple[Thing, ...]
 
@@ -64,24 +64,24 @@ class Scene:
         return [thing for thing in self.objects if all_names.count(thing.text) == 1 and thing.text in clear]
 
 
-def make_scene(level: Level, split: str, number: int) -> Scene:
+def make_scene(difficulty: Difficulty, split: str, number: int) -> Scene:
     """Scene `number` of a split; splits differ in their seeds, `novel` also in which nouns may stand together."""
-    key = f"openmoji-scenes {VERSION}/{level.name}/{split}/{number}"
+    key = f"openmoji-scenes {VERSION}/{difficulty.name}/{split}/{number}"
     random = Random(key)
-    nouns = _nouns(level, split == "novel", random)
+    nouns = _nouns(difficulty, split == "novel", random)
     things: list[Thing] = []
     for noun in nouns:
-        low, high = level.sizes
+        low, high = difficulty.sizes
         size = math.exp(random.uniform(math.log(low), math.log(high)))
         _place(things, noun, size, size, random)
     objects = tuple(sorted(things, key=reading_order))
-    for _ in range(random.randint(*level.printed)):
-        word = str(random.randint(0, 999)) if random.random() < 0.1 else random.choice(level.words)
-        height = random.uniform(*level.word_sizes)
+    for _ in range(random.randint(*difficulty.printed)):
+        word = str(random.randint(0, 999)) if random.random() < 0.1 else random.choice(difficulty.words)
+        height = random.uniform(*difficulty.word_sizes)
         if word not in [thing.text for thing in things]:
             _place(things, word, height * 0.62 * len(word), height, random)
     words = tuple(sorted(things[len(objects) :], key=reading_order))
-    return Scene(key, level, objects, words)
+    return Scene(key, difficulty, objects, words)
 
 
 def reading_order(thing: Thing) -> tuple[bool, float]:
@@ -89,15 +89,15 @@ def reading_order(thing: Thing) -> tuple[bool, float]:
     return thing.y > SIDE / 2, thing.x
 
 
-def size_name(thing: Thing, level: Level) -> str:
-    """small, medium or large: thirds of the level's sizes on a logarithmic scale."""
-    low, high = level.sizes
-    return SIZES[min(int(size_share(thing, level) * 3), 2)] if low < high else SIZES[1]
+def size_name(thing: Thing, difficulty: Difficulty) -> str:
+    """small, medium or large: thirds of the difficulty's sizes on a logarithmic scale."""
+    low, high = difficulty.sizes
+    return SIZES[min(int(size_share(thing, difficulty) * 3), 2)] if low < high else SIZES[1]
 
 
-def size_share(thing: Thing, level: Level) -> float:
-    """0 for the level's smallest size, 1 for its largest, on a logarithmic scale."""
-    low, high = level.sizes
+def size_share(thing: Thing, difficulty: Difficulty) -> float:
+    """0 for the difficulty's smallest size, 1 for its largest, on a logarithmic scale."""
+    low, high = difficulty.sizes
     return math.log(thing.height / low) / math.log(high / low)
 
 
@@ -114,24 +114,24 @@ def held_out(first: str, second: str) -> bool:
 
 
 @cache
-def popularity(level: Level) -> dict[str, float]:
+def popularity(difficulty: Difficulty) -> dict[str, float]:
     """How often a noun is drawn, relative to the others: falls with its rank in its theme, as in real data."""
     ranks: dict[str, int] = {}
     weights = {}
-    for noun in level.nouns:
+    for noun in difficulty.nouns:
         rank = ranks[noun.theme] = ranks.get(noun.theme, -1) + 1
         weights[noun.name] = 1 / (rank + 6)
     return weights
 
 
-def _nouns(level: Level, novel: bool, random: Random) -> list[str]:
+def _nouns(difficulty: Difficulty, novel: bool, random: Random) -> list[str]:
     """Six in ten of the scene's theme, the others from anywhere; some noun may be there several times.
 
     The last place of a `novel` scene of one noun goes to another noun, so that each shows a held-out pair.
     """
-    weights = popularity(level)
-    count = random.randint(*level.objects)
-    theme = random.choice([*dict.fromkeys(noun.theme for noun in level.nouns)])
+    weights = popularity(difficulty)
+    count = random.randint(*difficulty.objects)
+    theme = random.choice([*dict.fromkeys(noun.theme for noun in difficulty.nouns)])
     chosen: list[str] = []
     while len(chosen) < count:
         needs_pair = novel and len(set(chosen)) == 1 and len(chosen) == count - 1
@@ -139,8 +139,8 @@ def _nouns(level: Level, novel: bool, random: Random) -> list[str]:
             chosen.append(chosen[-1])
             continue
         at_home = random.random() < 0.6
-        pool = [noun for noun in level.nouns if _fits(noun, theme if at_home else None, chosen, novel)]
-        pool = pool or [noun for noun in level.nouns if _fits(noun, None, chosen, novel)]
+        pool = [noun for noun in difficulty.nouns if _fits(noun, theme if at_home else None, chosen, novel)]
+        pool = pool or [noun for noun in difficulty.nouns if _fits(noun, None, chosen, novel)]
         if pool:
             chosen += random.choices([n.name for n in pool], [weights[n.name] for n in pool])
         else:

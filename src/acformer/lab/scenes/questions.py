@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
+from acformer.lab.scenes.difficulty import Difficulty, lookalikes, nouns_by_name
 from acformer.lab.scenes.layout import SIDE, SIZES, Scene, Thing, place_name, popularity, size_name, size_share
-from acformer.lab.scenes.levels import Level, lookalikes, nouns_by_name
 
 LETTERS = "ABCD"
 SIDES = ("left of", "right of", "above", "below")
@@ -58,7 +58,7 @@ def _exist(scene: Scene, random: Random, thorough: bool) -> list[Question]:
     for sampling in samplings if thorough else random.choices(samplings, k=1):
         there = scene.names
         if sampling == "popular":
-            there = [name for name in there if name in popular_names(scene.level)]
+            there = [name for name in there if name in popular_names(scene.difficulty)]
         if there:
             for noun, answer in ((random.choice(there), "yes"), (_absent(scene, sampling, random), "no")):
                 text = f"{nouns_by_name()[noun].verb} there {nouns_by_name()[noun].phrase}?"
@@ -71,12 +71,12 @@ def _absent(scene: Scene, sampling: str, random: Random) -> str:
 
     Never one that something in the scene can be taken for.
     """
-    weights = popularity(scene.level)
-    themes = {noun.name: noun.theme for noun in scene.level.nouns}
+    weights = popularity(scene.difficulty)
+    themes = {noun.name: noun.theme for noun in scene.difficulty.nouns}
     taken = {alike for name in scene.names for alike in (name, *lookalikes()[name])}
     absent = [name for name in weights if name not in taken]
     if sampling == "popular":
-        absent = [name for name in absent if name in popular_names(scene.level)]
+        absent = [name for name in absent if name in popular_names(scene.difficulty)]
     if sampling == "adversarial":
         near = {themes[name] for name in scene.names}
         absent = [name for name in absent if themes[name] in near] or absent
@@ -84,10 +84,10 @@ def _absent(scene: Scene, sampling: str, random: Random) -> str:
 
 
 @cache
-def popular_names(level: Level) -> frozenset[str]:
+def popular_names(difficulty: Difficulty) -> frozenset[str]:
     """The most frequent noun of each theme, or the tenth that scenes show most often if that is more."""
-    weights = popularity(level)
-    themes = len({noun.theme for noun in level.nouns})
+    weights = popularity(difficulty)
+    themes = len({noun.theme for noun in difficulty.nouns})
     return frozenset(sorted(weights, key=lambda name: -weights[name])[: max(themes, len(weights) // 10)])
 
 
@@ -145,12 +145,12 @@ def _count(scene: Scene, random: Random, thorough: bool) -> list[Question]:
 def _attribute(scene: Scene, random: Random, thorough: bool) -> list[Question]:
     """Size and place of an object that is there once."""
     questions = []
-    sized = [thing for thing in scene.single() if abs(size_share(thing, scene.level) * 3 % 1 - 0.5) < 0.3]
-    by_size = [[thing for thing in sized if size_name(thing, scene.level) == size] for size in SIZES]
+    sized = [thing for thing in scene.single() if abs(size_share(thing, scene.difficulty) * 3 % 1 - 0.5) < 0.3]
+    by_size = [[thing for thing in sized if size_name(thing, scene.difficulty) == size] for size in SIZES]
     if groups := [group for group in by_size if group]:
         thing = random.choice(random.choice(groups))
         text = f"how large {_verb(thing)} the {thing.text}?"
-        questions.append(Question("attribute-size", text, size_name(thing, scene.level), about=(thing.text,)))
+        questions.append(Question("attribute-size", text, size_name(thing, scene.difficulty), about=(thing.text,)))
     if placed := [t for t in scene.single() if min(abs(t.x - SIDE / 2), abs(t.y - SIDE / 2)) > 30]:
         thing = random.choice(placed)
         questions.append(

@@ -1,4 +1,4 @@
-"""Heads that read scenes: facts as laid out, answers that the truth makes right, a loss that teaches, whole runs."""
+"""A probe in place of a language model: targets as laid out, answers that the truth makes right, whole runs."""
 
 import json
 import math
@@ -17,45 +17,44 @@ from acformer.errors import DivergedError, UsageError
 from acformer.evaluate.report import as_reply, score_replies
 from acformer.fetch.embedded import cache_dir
 from acformer.hf.checkpoints import load_model
-from acformer.lab.reproduce import execute, heads_first, reading
+from acformer.lab.reproduce import execute, probe_pretraining, train_probe
 from acformer.lab.reproduce.execute import Task
-from acformer.lab.reproduce.heads_first import text_width
-from acformer.lab.reproduce.plans import READER, SCALES, Plan, Row, Scale, Search, plan_for
-from acformer.lab.reproduce.reading import (
-    Learner,
-    Trained,
-    prior_replies,
-    reader_loss,
-    reader_replies,
-    reader_scores,
-    train_reader,
-    with_prior,
-)
+from acformer.lab.reproduce.plans import PROBE, SCALES, Plan, Scale, Search, TableRow, plan_for
+from acformer.lab.reproduce.probe_pretraining import text_width
 from acformer.lab.reproduce.run_plan import reproduce
 from acformer.lab.reproduce.runs import Timing, cells_of, job_path, job_record
 from acformer.lab.reproduce.tables import table_text
+from acformer.lab.reproduce.train_probe import (
+    ProbedConnector,
+    TrainedProbe,
+    prior_replies,
+    probe_loss,
+    probe_replies,
+    probe_scores,
+    with_prior,
+)
 from acformer.lab.reproduce.variants import with_factor
 from acformer.lab.scenes import dataset
-from acformer.lab.scenes.answers import SceneAnswers, split
+from acformer.lab.scenes.answers import ProbeAnswers, split
 from acformer.lab.scenes.dataset import undrawn_samples
+from acformer.lab.scenes.difficulty import DIFFICULTIES
 from acformer.lab.scenes.draw import draw_scene
-from acformer.lab.scenes.facts import NUMBER, entries, facts_of
 from acformer.lab.scenes.layout import SIDE, SIZES, Scene, Thing, make_scene, size_share
-from acformer.lab.scenes.levels import LEVELS
+from acformer.lab.scenes.probe import SceneProbe
 from acformer.lab.scenes.questions import ANSWERS, LETTERS, Question, ask
-from acformer.lab.scenes.reader import SceneReader
+from acformer.lab.scenes.targets import NUMBER, class_names, targets_of
 from acformer.training.recipe import ModelSpec, Recipe, StageSpec
 
 FETCHED = cache_dir()
-FULL, SMALL = LEVELS["openmoji-scenes"], LEVELS["openmoji-scenes-small"]
-levels = pytest.mark.parametrize("level", LEVELS.values(), ids=list(LEVELS))
+FULL, SMALL = DIFFICULTIES["openmoji-scenes"], DIFFICULTIES["openmoji-scenes-small"]
+difficulties = pytest.mark.parametrize("difficulty", DIFFICULTIES.values(), ids=list(DIFFICULTIES))
 
 
-def scenes(level, split, count):
-    return [make_scene(level, split, number) for number in range(count)]
+def scenes(difficulty, split, count):
+    return [make_scene(difficulty, split, number) for number in range(count)]
 
 
-# Facts
+# SceneTargets
 
 
 def test_facts_by_hand():
@@ -64,56 +63,56 @@ def test_facts_by_hand():
     middle = math.sqrt(low * high)
     objects = (Thing(one, 84, 42, middle, middle), Thing(two, 0, 0, high, high), Thing(two, 9, 9, low, low))
     words = (Thing(word, 168, 336, 50, 40), Thing("17", 21, 63, 50, 40))
-    facts = facts_of([Scene("", SMALL, objects, words), Scene("", SMALL, objects[:2], words[1:] * 2)])
-    names = entries(SMALL)
+    targets = targets_of([Scene("", SMALL, objects, words), Scene("", SMALL, objects[:2], words[1:] * 2)])
+    names = class_names(SMALL)
     columns = [names.index(name) for name in (one, two, word, NUMBER)]
-    assert facts.counts[:, columns].tolist() == [[1, 2, 1, 1], [1, 1, 0, 2]]
-    assert facts.counts.sum() == 5 + 4
-    assert facts.totals.tolist() == [3, 2]
+    assert targets.counts[:, columns].tolist() == [[1, 2, 1, 1], [1, 1, 0, 2]]
+    assert targets.counts.sum() == 5 + 4
+    assert targets.totals.tolist() == [3, 2]
     nan = math.nan
     places = [
         [[0.25, 0.125], [nan, nan], [0.5, 1.0], [0.0625, 0.1875]],
         [[0.25, 0.125], [0, 0], [nan, nan], [nan, nan]],
     ]
-    torch.testing.assert_close(facts.places[:, columns], torch.tensor(places), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(targets.places[:, columns], torch.tensor(places), equal_nan=True, rtol=0, atol=0)
     sizes = [[0.5, nan, nan, nan], [0.5, 1.0, nan, nan]]
-    torch.testing.assert_close(facts.sizes[:, columns], torch.tensor(sizes), equal_nan=True)
+    torch.testing.assert_close(targets.sizes[:, columns], torch.tensor(sizes), equal_nan=True)
 
 
-@levels
-def test_facts_are_what_is_laid_out(level):
-    names, laid = entries(level), scenes(level, "train", 100)
-    facts = facts_of(laid)
-    assert facts.totals.tolist() == [len(scene.objects) for scene in laid]
-    alone = facts.counts == 1
-    assert torch.equal(facts.places.isfinite().all(-1), alone)
-    assert torch.equal(facts.places.isnan().all(-1), ~alone)
-    assert torch.equal(facts.sizes.isfinite(), alone & (torch.arange(len(names)) < len(level.nouns)))
-    sizes = facts.sizes[facts.sizes.isfinite()]
+@difficulties
+def test_facts_are_what_is_laid_out(difficulty):
+    names, laid = class_names(difficulty), scenes(difficulty, "train", 100)
+    targets = targets_of(laid)
+    assert targets.totals.tolist() == [len(scene.objects) for scene in laid]
+    alone = targets.counts == 1
+    assert torch.equal(targets.places.isfinite().all(-1), alone)
+    assert torch.equal(targets.places.isnan().all(-1), ~alone)
+    assert torch.equal(targets.sizes.isfinite(), alone & (torch.arange(len(names)) < len(difficulty.nouns)))
+    sizes = targets.sizes[targets.sizes.isfinite()]
     assert 0 <= sizes.min() < 0.05 < 0.95 < sizes.max() <= 1
     for row, scene in enumerate(laid):
         things = scene.objects + scene.words
-        said = [thing.text if thing.text in names else NUMBER for thing in things]
-        counted = zip(names, facts.counts[row].tolist(), strict=True)
-        assert Counter(said) == {name: number for name, number in counted if number}
-        for thing, name in zip(things, said, strict=True):
-            if said.count(name) == 1:
-                place = facts.places[row, names.index(name)] * SIDE
+        predicted = [thing.text if thing.text in names else NUMBER for thing in things]
+        counted = zip(names, targets.counts[row].tolist(), strict=True)
+        assert Counter(predicted) == {name: number for name, number in counted if number}
+        for thing, name in zip(things, predicted, strict=True):
+            if predicted.count(name) == 1:
+                place = targets.places[row, names.index(name)] * SIDE
                 assert place.tolist() == pytest.approx([thing.x, thing.y], rel=1e-6)  # float32
         for thing in scene.objects:
-            if said.count(thing.text) == 1:
-                size = facts.sizes[row, names.index(thing.text)].item()
-                assert size == pytest.approx(size_share(thing, level), abs=1e-6)
+            if predicted.count(thing.text) == 1:
+                size = targets.sizes[row, names.index(thing.text)].item()
+                assert size == pytest.approx(size_share(thing, difficulty), abs=1e-6)
 
 
 # Answers
 
 
 def truth(scene) -> dict[str, torch.Tensor]:
-    """What a perfect reader says of a scene; of what is there several times, the middle."""
-    level, (counts, places, sizes, totals) = scene.level, (value[0] for value in facts_of([scene]))
-    fewest, most = level.objects
-    for entry, name in enumerate(entries(level)):
+    """What a perfect probe says of a scene; of what is there several times, the middle."""
+    difficulty, (counts, places, sizes, totals) = scene.difficulty, (value[0] for value in targets_of([scene]))
+    fewest, most = difficulty.objects
+    for entry, name in enumerate(class_names(difficulty)):
         same = [thing for thing in (*scene.objects, *scene.words) if thing.text == name]
         if len(same) > 1:
             places[entry] = torch.tensor([[t.x, t.y] for t in same]).mean(0) / SIDE
@@ -126,12 +125,12 @@ def truth(scene) -> dict[str, torch.Tensor]:
     }
 
 
-@levels
-def test_the_truth_answers_every_question(level):
-    """But for what the heads are not asked to say: which number is printed, where each of several cats is."""
+@difficulties
+def test_the_truth_answers_every_question(difficulty):
+    """But for what the probe is not asked to predict: which number is printed, where each of several cats is."""
     wrong, asked = Counter(), Counter()
-    for scene in [*scenes(level, "test", 250), *scenes(level, "novel", 250)]:
-        answers, several = SceneAnswers(level, truth(scene)), len(scene.names) < len(scene.objects)
+    for scene in [*scenes(difficulty, "test", 250), *scenes(difficulty, "novel", 250)]:
+        answers, several = ProbeAnswers(difficulty, truth(scene)), len(scene.names) < len(scene.objects)
         for question in ask(scene, thorough=True):
             answer = answers.answer(question)
             asked[question.kind] += 1
@@ -146,14 +145,14 @@ def test_the_truth_answers_every_question(level):
     assert wrong["relate-object"] < 0.06 * asked["relate-object"]  # measured: 18 of 395 and 0 of 414
 
 
-@levels
-def test_whatever_is_said_an_answer_is_of_its_kind(level):
+@difficulties
+def test_whatever_is_predicted_an_answer_is_of_its_kind(difficulty):
     generator = torch.Generator().manual_seed(0)
-    for scene in scenes(level, "test", 30):
-        said = {name: 3 * torch.randn(value.shape, generator=generator) for name, value in truth(scene).items()}
-        answers, names = SceneAnswers(level, said), entries(level)
-        nouns, words = names[: len(level.nouns)], ["a number", *level.words]
-        fewest, most = level.objects
+    for scene in scenes(difficulty, "test", 30):
+        predicted = {name: 3 * torch.randn(value.shape, generator=generator) for name, value in truth(scene).items()}
+        answers, names = ProbeAnswers(difficulty, predicted), class_names(difficulty)
+        nouns, words = names[: len(difficulty.nouns)], ["a number", *difficulty.words]
+        fewest, most = difficulty.objects
         valid = {
             "exist": ("yes", "no"),
             "relate-object": nouns,
@@ -173,121 +172,121 @@ def test_whatever_is_said_an_answer_is_of_its_kind(level):
 
 def test_a_kind_without_a_rule_is_told():
     with pytest.raises(ValueError, match="no rule for questions of kind 'dream'"):
-        SceneAnswers(SMALL, truth(make_scene(SMALL, "test", 0))).answer(Question("dream", "", ""))
+        ProbeAnswers(SMALL, truth(make_scene(SMALL, "test", 0))).answer(Question("dream", "", ""))
 
 
-# The reader and its loss
+# The probe and its loss
 
 TOKENS, DIM = 5, 16
 
 
-def toy(level, count=12, seed=0):
-    """A reader, tokens that mean nothing, and the facts of the first scenes with something printed."""
+def toy(difficulty, count=12, seed=0):
+    """A probe, tokens that mean nothing, and the targets of the first scenes with something printed."""
     torch.manual_seed(seed)
-    laid = [scene for scene in scenes(level, "train", 4 * count) if scene.words][:count]
-    return SceneReader(level, TOKENS, DIM, width=24), torch.randn(count, TOKENS, DIM), facts_of(laid)
+    laid = [scene for scene in scenes(difficulty, "train", 4 * count) if scene.words][:count]
+    return SceneProbe(difficulty, TOKENS, DIM, width=24), torch.randn(count, TOKENS, DIM), targets_of(laid)
 
 
-@levels
-def test_shapes_and_pictures_do_not_see_each_other(level):
-    reader, tokens, _ = toy(level)
-    said, size = reader(tokens), len(entries(level))
-    assert size == len(level.nouns) + len(level.words) + 1
-    fewest, most = level.objects
+@difficulties
+def test_shapes_and_images_do_not_see_each_other(difficulty):
+    probe, tokens, _ = toy(difficulty)
+    predicted, size = probe(tokens), len(class_names(difficulty))
+    assert size == len(difficulty.nouns) + len(difficulty.words) + 1
+    fewest, most = difficulty.objects
     shapes = {"present": (), "place": (2,), "size": (), "count": (most,)}
-    assert {name: tuple(value.shape) for name, value in said.items()} == {
+    assert {name: tuple(value.shape) for name, value in predicted.items()} == {
         **{name: (12, size, *rest) for name, rest in shapes.items()},
         "total": (12, most - fewest + 1),
     }
-    alone = reader(tokens[3:4])
-    for name, value in split(said)[3].items():
+    alone = probe(tokens[3:4])
+    for name, value in split(predicted)[3].items():
         # Measured: at most 5e-7, products of another batch are summed in another order.
         torch.testing.assert_close(value, alone[name][0].detach(), rtol=0, atol=1e-5)
 
 
-@levels
-def test_the_loss_is_the_sum_that_it_says(level):
-    reader, tokens, facts = toy(level)
-    said = {name: value.detach().double() for name, value in reader(tokens).items()}
-    nouns, fewest = len(level.nouns), level.objects[0]
+@difficulties
+def test_the_loss_is_the_sum_that_it_says(difficulty):
+    probe, tokens, targets = toy(difficulty)
+    predicted = {name: value.detach().double() for name, value in probe(tokens).items()}
+    nouns, fewest = len(difficulty.nouns), difficulty.objects[0]
     present, place, size, count = 0.0, [], [], []
-    for row, counts in enumerate(facts.counts.tolist()):
+    for row, counts in enumerate(targets.counts.tolist()):
         for entry, number in enumerate(counts):
-            chance = said["present"][row, entry].sigmoid().item()
-            present -= math.log(chance if number else 1 - chance) / len(facts.totals)
+            chance = predicted["present"][row, entry].sigmoid().item()
+            present -= math.log(chance if number else 1 - chance) / len(targets.totals)
             if number == 1:
-                place += (said["place"][row, entry] - facts.places[row, entry]).abs().tolist()
+                place += (predicted["place"][row, entry] - targets.places[row, entry]).abs().tolist()
             if number == 1 and entry < nouns:
-                size.append((said["size"][row, entry] - facts.sizes[row, entry]).abs().item())
+                size.append((predicted["size"][row, entry] - targets.sizes[row, entry]).abs().item())
             if number and entry < nouns:
-                count.append(-said["count"][row, entry].log_softmax(-1)[number - 1].item())
-    total = -said["total"].log_softmax(-1).gather(1, facts.totals[:, None] - fewest).mean().item()
+                count.append(-predicted["count"][row, entry].log_softmax(-1)[number - 1].item())
+    total = -predicted["total"].log_softmax(-1).gather(1, targets.totals[:, None] - fewest).mean().item()
     place, size, count = (sum(values) / len(values) for values in (place, size, count))
     expected = present + 4 * place + 4 * size + count + total
-    assert reader.loss(reader(tokens), facts).item() == pytest.approx(expected, rel=1e-5)  # float32
+    assert probe.loss(probe(tokens), targets).item() == pytest.approx(expected, rel=1e-5)  # float32
 
 
-@levels
-def test_every_weight_learns_and_absent_things_teach_no_place(level):
-    reader, tokens, facts = toy(level)
-    said = reader(tokens.requires_grad_())
-    for value in said.values():
+@difficulties
+def test_every_weight_learns_and_absent_things_teach_no_place(difficulty):
+    probe, tokens, targets = toy(difficulty)
+    predicted = probe(tokens.requires_grad_())
+    for value in predicted.values():
         value.retain_grad()
-    reader.loss(said, facts).backward()
-    assert all(weight.grad is not None and weight.grad.any() for weight in reader.parameters())
+    probe.loss(predicted, targets).backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in probe.parameters())
     assert tokens.grad.any(dim=-1).all()
-    alone = facts.counts == 1
-    noun = torch.arange(alone.shape[1]) < len(level.nouns)
-    assert torch.equal(said["place"].grad.any(-1), alone)
-    assert torch.equal(said["size"].grad != 0, alone & noun)
-    assert torch.equal(said["count"].grad.any(-1), (facts.counts > 0) & noun)
-    assert all(value.grad.isfinite().all() for value in said.values())
+    alone = targets.counts == 1
+    noun = torch.arange(alone.shape[1]) < len(difficulty.nouns)
+    assert torch.equal(predicted["place"].grad.any(-1), alone)
+    assert torch.equal(predicted["size"].grad != 0, alone & noun)
+    assert torch.equal(predicted["count"].grad.any(-1), (targets.counts > 0) & noun)
+    assert all(value.grad.isfinite().all() for value in predicted.values())
 
 
 def test_scenes_with_nothing_that_is_there_once_teach_the_rest():
-    reader, tokens, _ = toy(SMALL, count=1)
+    probe, tokens, _ = toy(SMALL, count=1)
     name = SMALL.nouns[0].name
-    facts = facts_of([Scene("", SMALL, (Thing(name, 90, 90, 60, 60), Thing(name, 200, 200, 60, 60)), ())])
-    loss = reader.loss(reader(tokens), facts)
+    targets = targets_of([Scene("", SMALL, (Thing(name, 90, 90, 60, 60), Thing(name, 200, 200, 60, 60)), ())])
+    loss = probe.loss(probe(tokens), targets)
     loss.backward()
     assert loss.isfinite()
-    assert all(weight.grad.isfinite().all() for weight in reader.parameters() if weight.grad is not None)
-    assert reader.count.weight.grad.any()
+    assert all(weight.grad.isfinite().all() for weight in probe.parameters() if weight.grad is not None)
+    assert probe.count.weight.grad.any()
 
 
-@levels
-def test_a_toy_is_learnt_by_heart(level):
-    reader, tokens, facts = toy(level)
-    optimizer = torch.optim.Adam(reader.parameters(), lr=0.05)
+@difficulties
+def test_a_toy_is_learnt_by_heart(difficulty):
+    probe, tokens, targets = toy(difficulty)
+    optimizer = torch.optim.Adam(probe.parameters(), lr=0.05)
     losses = []
     for _ in range(60):
-        loss = reader.loss(reader(tokens), facts)
+        loss = probe.loss(probe(tokens), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]  # measured: 0.004 and 0.024
-    assert torch.equal(reader(tokens)["present"] > 0, facts.counts > 0)
+    assert torch.equal(probe(tokens)["present"] > 0, targets.counts > 0)
 
 
 def test_bfloat16_autocast():
-    reader, tokens, facts = toy(SMALL)
+    probe, tokens, targets = toy(SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        said = reader(tokens)
-    assert {value.dtype for value in said.values()} == {torch.float32}
-    loss = reader.loss(said, facts)
+        predicted = probe(tokens)
+    assert {value.dtype for value in predicted.values()} == {torch.float32}
+    loss = probe.loss(predicted, targets)
     loss.backward()
-    assert loss.item() == pytest.approx(reader.loss(reader(tokens), facts).item(), rel=0.02)
-    assert all(weight.grad.isfinite().all() for weight in reader.parameters())
+    assert loss.item() == pytest.approx(probe.loss(probe(tokens), targets).item(), rel=0.02)
+    assert all(weight.grad.isfinite().all() for weight in probe.parameters())
 
 
-# Training, with noise for pictures
+# Training, with noise for images
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     """Noise in place of drawn scenes, a tiny encoder beside it; what has been encoded stays for the next test."""
-    folder = tmp_path_factory.mktemp("reading")
+    folder = tmp_path_factory.mktemp("probe")
     CLIPVisionModel(tiny.config().vision_config).save_pretrained(folder / "vision")
     tiny.processor().image_processor.save_pretrained(folder / "vision")
     side = tiny.IMAGE_SIZE
@@ -305,15 +304,15 @@ def stand_ins(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mini(stand_ins):
     """Ten scenes, six steps of four."""
-    model = ModelSpec(str(stand_ins / "vision"), READER, "acformer", tiny.CONNECTORS["acformer"])
+    model = ModelSpec(str(stand_ins / "vision"), PROBE, "acformer", tiny.CONNECTORS["acformer"])
     rates = {"connector": 0.01, "language_model": 0.01}
     training = {"max_steps": 6, "per_device_train_batch_size": 4, "warmup_steps": 2}
     return Recipe("mini", model, finetune=StageSpec(f"{SMALL.name}:captions", rates, training, max_samples=10))
 
 
 @pytest.fixture(scope="module")
-def learner(mini):
-    return train_reader(mini).learner
+def probed(mini):
+    return train_probe.train_probe(mini).probed
 
 
 def with_stage(recipe, **changes):
@@ -324,50 +323,49 @@ def with_training(recipe, **changes):
     return with_stage(recipe, training={**recipe.finetune.training, **changes})
 
 
-def test_a_seed_gives_the_same_weights_and_another_one_others(mini, learner):
-    again, seconds, losses = train_reader(mini)
+def test_a_seed_gives_the_same_weights_and_another_one_others(mini, probed):
+    again, seconds, losses = train_probe.train_probe(mini)
     assert len(seconds) == len(losses) == 6
     assert all(second > 0 for second in seconds)
-    assert Trained(again, seconds, losses).curve(3) == [
+    assert TrainedProbe(again, seconds, losses).curve(3) == [
         pytest.approx(sum(losses[i : i + 2]) / 2, abs=1e-3) for i in (0, 2, 4)
     ]
-    for one, two in zip(learner.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, two)
-    other = train_reader(replace(mini, seed=1)).learner
-    for module in ("connector", "reader"):
-        weights = [getattr(found, module).state_dict() for found in (learner, other)]
-        assert any(not torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    other = train_probe.train_probe(replace(mini, seed=1)).probed
+    for module in ("connector", "probe"):
+        first, second, others = (getattr(found, module).state_dict() for found in (probed, again, other))
+        assert all(torch.equal(first[name], value) for name, value in second.items())
+        assert any(not torch.equal(first[name], value) for name, value in others.items())
 
 
 def test_every_scene_comes_once_before_one_comes_twice(mini, monkeypatch):
-    seen, features = [], Learner.features
+    seen, features = [], ProbedConnector.features
 
     def spy(self, chosen):
         seen.append(chosen)
         return features(self, chosen)
 
-    monkeypatch.setattr(Learner, "features", spy)
-    train_reader(mini)
+    monkeypatch.setattr(ProbedConnector, "features", spy)
+    train_probe.train_probe(mini)
     assert [len(batch) for batch in seen] == [4, 4, 2] * 2
     first, second = ([scene for batch in seen[half : half + 3] for scene in batch] for half in (0, 3))
     assert sorted(first) == sorted(second) == [("train", number) for number in range(10)]
     assert first != second
 
 
-def test_more_steps_learn_more(mini, learner):
-    longer = train_reader(with_training(mini, max_steps=40)).learner
-    losses = [reader_loss(found, "train", 10) for found in (learner, longer)]
+def test_more_steps_learn_more(mini, probed):
+    longer = train_probe.train_probe(with_training(mini, max_steps=40)).probed
+    losses = [probe_loss(found, "train", 10) for found in (probed, longer)]
     assert losses[1] < 0.8 * losses[0]
     assert not longer.connector.training
-    assert not longer.reader.training
+    assert not longer.probe.training
 
 
 def test_each_module_has_its_learning_rate(mini):
     """What hardly learns stays where its seed put it."""
     still = {"connector": 1e-30, "language_model": 1e-30}
-    start = train_reader(with_stage(mini, learning_rates=still)).learner
-    for rate, moves, stays in (("connector", "connector", "reader"), ("language_model", "reader", "connector")):
-        found = train_reader(with_stage(mini, learning_rates={**still, rate: 0.01})).learner
+    start = train_probe.train_probe(with_stage(mini, learning_rates=still)).probed
+    for rate, moves, stays in (("connector", "connector", "probe"), ("language_model", "probe", "connector")):
+        found = train_probe.train_probe(with_stage(mini, learning_rates={**still, rate: 0.01})).probed
         for module, same in ((moves, False), (stays, True)):
             pairs = zip(getattr(found, module).parameters(), getattr(start, module).parameters(), strict=True)
             assert all(torch.allclose(one, two, rtol=0, atol=1e-20) for one, two in pairs) == same
@@ -375,44 +373,44 @@ def test_each_module_has_its_learning_rate(mini):
 
 def test_a_loss_that_is_not_finite_stops_the_run(mini):
     with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step \d"):
-        train_reader(with_stage(mini, learning_rates={"connector": 1e30, "language_model": 1e30}))
+        train_probe.train_probe(with_stage(mini, learning_rates={"connector": 1e30, "language_model": 1e30}))
 
 
 @pytest.mark.parametrize("connector", ["mlp", "downsample", "token_packer"])
 def test_connectors_that_read_more_or_less_of_the_encoder(mini, connector):
-    """All patches; a smaller picture; blocks below the feature layer. In bfloat16."""
+    """All patches; a smaller image; blocks below the feature layer. In bfloat16."""
     model = replace(mini.model, connector=connector, connector_kwargs=tiny.CONNECTORS[connector])
-    found = train_reader(with_training(replace(mini, model=model), max_steps=1, bf16=True)).learner
-    said = found.read(found.features([("train", number) for number in (3, 1)]))
-    assert said["present"].shape == (2, len(entries(SMALL)))
-    assert all(value.isfinite().all() for value in said.values())
+    found = train_probe.train_probe(with_training(replace(mini, model=model), max_steps=1, bf16=True)).probed
+    predicted = found.predict(found.features([("train", number) for number in (3, 1)]))
+    assert predicted["present"].shape == (2, len(class_names(SMALL)))
+    assert all(value.isfinite().all() for value in predicted.values())
 
 
-def test_the_loss_of_another_split_is_the_mean_over_its_scenes(learner):
+def test_the_loss_of_another_split_is_the_mean_over_its_scenes(probed):
     numbers = range(6)
-    loss = reader_loss(learner, "validation", 6)
+    loss = probe_loss(probed, "validation", 6)
     with torch.inference_mode():
-        said = learner.read(learner.features([("validation", number) for number in numbers]))
-        expected = learner.reader.loss(said, facts_of([make_scene(SMALL, "validation", n) for n in numbers]))
+        predicted = probed.predict(probed.features([("validation", number) for number in numbers]))
+        expected = probed.probe.loss(predicted, targets_of([make_scene(SMALL, "validation", n) for n in numbers]))
     assert loss == pytest.approx(expected.item(), rel=1e-6)
-    assert loss != pytest.approx(reader_loss(learner, "test", 6), rel=1e-3)
+    assert loss != pytest.approx(probe_loss(probed, "test", 6), rel=1e-3)
 
 
 @pytest.mark.parametrize("part", ["test", "novel", "train"])
-def test_replies_are_to_the_questions_of_the_data_set(learner, part, monkeypatch):
-    class Knowing(SceneAnswers):
+def test_replies_are_to_the_questions_of_the_data_set(probed, part, monkeypatch):
+    class Knowing(ProbeAnswers):
         def answer(self, question):
             return question.answer
 
     expected = [sample for sample in undrawn_samples(SMALL.name, part) if sample.record < 5]
-    said = reader_replies(learner, f"{SMALL.name}:{part}", 5)
-    monkeypatch.setattr(reading, "SceneAnswers", Knowing)
-    knowing = reader_replies(learner, f"{SMALL.name}:{part}", 5)
-    for replies in (said, knowing):
+    predicted = probe_replies(probed, f"{SMALL.name}:{part}", 5)
+    monkeypatch.setattr(train_probe, "ProbeAnswers", Knowing)
+    knowing = probe_replies(probed, f"{SMALL.name}:{part}", 5)
+    for replies in (predicted, knowing):
         assert [(r.id, r.answer, r.kind) for r in replies] == [(s.id, s.answer, s.kind) for s in expected]
         assert [r.picture for r in replies] == [str(s.images) for s in expected]
     assert all(reply.right for reply in knowing)
-    assert 0 < sum(reply.right for reply in said) < len(said)
+    assert 0 < sum(reply.right for reply in predicted) < len(predicted)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +418,7 @@ def test_replies_are_to_the_questions_of_the_data_set(learner, part, monkeypatch
     [
         (
             {"finetune": None, "pretrain": StageSpec("x", {})},
-            "it learns in one stage; give finetune and pretrain: null",
+            "a probe is trained in one stage; give finetune and pretrain: null",
         ),
         ({"data": "openmoji-scene:captions"}, "unknown scenes in finetune.data 'openmoji-scene'; did you mean"),
         ({"learning_rates": {"connector": 0.1}}, "finetune.learning_rates.language_model is missing"),
@@ -428,10 +426,10 @@ def test_replies_are_to_the_questions_of_the_data_set(learner, part, monkeypatch
         ({"training": {"num_train_epochs": 1}}, "finetune.training.num_train_epochs does nothing here"),
     ],
 )
-def test_recipes_that_heads_cannot_be_trained_by(mini, change, message):
+def test_recipes_that_a_probe_cannot_be_trained_by(mini, change, message):
     recipe = replace(mini, **change) if "finetune" in change else with_stage(mini, **change)
     with pytest.raises(UsageError, match=message):
-        train_reader(recipe)
+        train_probe.train_probe(recipe)
 
 
 # As a task of a table
@@ -444,7 +442,7 @@ def task(mini, stand_ins, tmp_path):
     data = SMALL.name
     search = Search(f"{data}:validation", factors=(1.0, 3.0), fraction=0.5, limit=5)
     scale = Scale("mini", str(stand_ins / "mini.yaml"), budgets=(5,), data=(f"{data}:test",), search=search, limit=6)
-    (cell,) = cells_of(Plan("table0", "Does it run?", scale, (Row("perceiver", "perceiver"),)))
+    (cell,) = cells_of(Plan("table0", "Does it run?", scale, (TableRow("perceiver", "perceiver"),)))
     run = cell.runs[1]
     jobs = {"run": run, "first": run.trials[0], "second": run.trials[1], "steps": Timing(run)}
     return lambda name: Task(jobs[name], tmp_path / "results", tmp_path / "work")
@@ -462,7 +460,7 @@ def test_trials_and_a_run_leave_records(task, mini):
     assert (first["factor"], second["factor"]) == (1.0, 3.0)
     assert first["loss"] != second["loss"]
     half = with_training(replace(mini, model=task("run").job.recipe.model, seed=1000), max_steps=3)
-    assert first["loss"] == reader_loss(train_reader(half).learner, "validation", 5)
+    assert first["loss"] == probe_loss(train_probe.train_probe(half).probed, "validation", 5)
     record = record_of(task("run"))
     assert record["factor"] == min((first, second), key=lambda trial: trial["loss"])["factor"]
     assert record["losses_of_factors"] == {"1.0": first["loss"], "3.0": second["loss"]}
@@ -471,7 +469,7 @@ def test_trials_and_a_run_leave_records(task, mini):
     assert scores["num_questions"] == sum(1 for s in undrawn_samples(SMALL.name, "test") if s.record < 6)
     assert {"exist", "count", "choose"} <= set(scores["families"])
     assert {"score", "blind", "interval"} <= set(scores["average"])
-    weights = train_reader(replace(mini, model=task("run").job.recipe.model)).learner.connector.parameters()
+    weights = train_probe.train_probe(replace(mini, model=task("run").job.recipe.model)).probed.connector.parameters()
     assert record["num_parameters"] == sum(weight.numel() for weight in weights)
     rate = record["recipe"]["finetune"]["learning_rates"]
     assert rate == {"connector": pytest.approx(0.01 * record["factor"]), "language_model": 0.01}
@@ -482,11 +480,11 @@ def test_a_step_is_timed_after_the_warm_up(task, monkeypatch):
 
     def timed(recipe):
         trained.append(recipe)
-        found = train_reader(recipe)
+        found = train_probe.train_probe(recipe)
         assert len(found.seconds) == 30
         return found._replace(seconds=[9.0] * 5 + [0.5] * 13 + [7.0] * 12)
 
-    monkeypatch.setattr(execute, "train_reader", timed)
+    monkeypatch.setattr(execute, "train_probe", timed)
     assert record_of(task("steps"))["step_seconds"] == 0.5
     (recipe,) = trained
     assert (recipe.seed, recipe.model) == (0, task("run").job.recipe.model)
@@ -501,11 +499,11 @@ def test_a_step_is_timed_after_the_warm_up(task, monkeypatch):
         ({"search": Search(f"{FULL.name}:validation")}, "finetune.max_samples=9"),
     ],
 )
-def test_questions_are_of_the_level_that_is_taught(changes, override, tmp_path, monkeypatch):
-    """The heads know the nouns and words of one level: the scores would be noise."""
+def test_questions_are_of_the_scenes_that_were_trained_on(changes, override, tmp_path, monkeypatch):
+    """The probe knows the nouns and words of one difficulty: the scores would be noise."""
     monkeypatch.setattr("acformer.lab.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
     plan = plan_for("table3", "cpu", overrides=[override], name="big")
-    with pytest.raises(UsageError, match=r"teaches the heads openmoji-scenes.*give finetune.data=openmoji-scenes"):
+    with pytest.raises(UsageError, match=r"trains the probe on openmoji-scenes.*give finetune.data=openmoji-scenes"):
         reproduce(replace(plan, scale=replace(plan.scale, **changes)), tmp_path)
     data, search = (f"{FULL.name}:test",), Search(f"{FULL.name}:validation")
     big = replace(SCALES["cpu"], data=data, search=search, overrides=("finetune.data=openmoji-scenes:captions",))
@@ -517,9 +515,9 @@ def test_a_trial_that_diverges_has_no_loss_wherever_it_shows(task, monkeypatch):
         raise DivergedError("loss is nan at step 2")
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute, "train_reader", diverge)
+        patch.setattr(execute, "train_probe", diverge)
         assert record_of(task("first"))["loss"] is None
-    monkeypatch.setattr(execute, "reader_loss", lambda *_: math.nan)
+    monkeypatch.setattr(execute, "probe_loss", lambda *_: math.nan)
     assert record_of(task("second"))["loss"] is None
     task("run")()
     assert "every trial of perceiver-T5 diverged" in job_path(task("run").results, task("run").job).read_text()
@@ -543,9 +541,9 @@ STILL = 1e-30
 
 @pytest.fixture
 def after(mini, stand_ins, tmp_path):
-    """(name) -> task of the second seed, a trial or the step of a language model that reads after `mini`'s heads.
+    """(name) -> task of the second seed, a trial or the step of a language model that comes after `mini`'s probe.
 
-    Its own stage leaves the connector where the heads put it.
+    Its own stage leaves the connector where the probe's training put it.
     """
     (stand_ins / "mini.yaml").write_text(mini.to_yaml())
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -561,9 +559,9 @@ def after(mini, stand_ins, tmp_path):
     search = Search(f"{data}:validation", factors=(3.0, 10.0), fraction=0.5, limit=5)
     scale = Scale("talk", str(stand_ins / "talk.yaml"), (5,), (f"{data}:test",), search, limit=6)
 
-    def task(name, heads="mini.yaml", fraction=1.0, keep_models=True):
-        taught = replace(scale, heads=heads and str(stand_ins / heads))
-        (cell,) = cells_of(Plan("table0", "Does it read?", taught, (Row("acformer", "acformer"),)))
+    def task(name, probe="mini.yaml", fraction=1.0, keep_models=True):
+        probed_first = replace(scale, probe=probe and str(stand_ins / probe))
+        (cell,) = cells_of(Plan("table0", "Does it read?", probed_first, (TableRow("acformer", "acformer"),)))
         run = replace(cell.runs[1], fraction=fraction)
         jobs = {"run": run, "first": run.trials[0], "second": run.trials[1], "steps": Timing(run)}
         return Task(jobs[name], tmp_path / "results", tmp_path / "work", keep_models)
@@ -575,25 +573,25 @@ def try_both(after):
     return [record_of(after(name)) for name in ("first", "second")]
 
 
-def test_the_learning_rate_is_looked_for_with_the_heads(after, mini):
+def test_the_learning_rate_is_looked_for_with_the_probe(after, mini):
     """At the width of the language model that shall read the tokens."""
     first, second = try_both(after)
-    model = replace(after("run").job.recipe.model, text=READER)
+    model = replace(after("run").job.recipe.model, text=PROBE)
     half = with_training(replace(mini, model=model, seed=1000), max_steps=3)
-    assert first["loss"] == reader_loss(train_reader(with_factor(half, 3.0), 32).learner, "validation", 5)
+    assert first["loss"] == probe_loss(train_probe.train_probe(with_factor(half, 3.0), 32).probed, "validation", 5)
     assert first["loss"] != second["loss"]
 
 
-def test_the_language_model_reads_what_the_heads_have_taught(after, mini):
+def test_the_language_model_starts_from_the_probes_connector(after, mini):
     """By the chosen rate and the run's own seed; its own rates are as the recipe has them."""
     try_both(after)
     record = record_of(after("run"))
-    model = replace(after("run").job.recipe.model, text=READER)
-    heads = with_factor(replace(mini, model=model, seed=1), record["factor"])
-    taught = train_reader(heads, 32).learner.connector.state_dict()
+    model = replace(after("run").job.recipe.model, text=PROBE)
+    probe = with_factor(replace(mini, model=model, seed=1), record["factor"])
+    trained = train_probe.train_probe(probe, 32).probed.connector.state_dict()
     found = load_model(record["recipe"]["output_dir"])[0].model.connector.state_dict()
-    assert set(found) == set(taught)
-    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-20) for name, value in taught.items())
+    assert set(found) == set(trained)
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-20) for name, value in trained.items())
     assert record["recipe"]["finetune"]["learning_rates"] == {"connector": STILL, "language_model": 0.01}
     assert record["heads"]["finetune"]["learning_rates"]["connector"] == 0.01 * record["factor"]
     assert record["heads"]["model"]["connector_kwargs"] == model.connector_kwargs
@@ -613,22 +611,22 @@ def test_blind_is_the_same_guess_for_a_language_model(after):
     assert with_prior(elsewhere, "easy-vqa", []) is elsewhere
 
 
-def test_heads_teach_once(after, monkeypatch):
-    """A killed run goes on from what they left, unless another rate is chosen by then."""
+def test_the_probe_is_trained_once(after, monkeypatch):
+    """A killed run goes on from what it left, unless another rate is chosen by then."""
     try_both(after)
     with monkeypatch.context() as patch:
         patch.setattr(execute, "train", lambda *_, **__: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             after("run")()
-    monkeypatch.setattr(heads_first, "train_reader", lambda *_: pytest.fail("taught again"))
+    monkeypatch.setattr(probe_pretraining, "train_probe", lambda *_: pytest.fail("trained again"))
     with monkeypatch.context() as patch:
         patch.setattr(execute, "best_factor", lambda *_: (5.0, {}))
-        with pytest.raises(pytest.fail.Exception, match="taught again"):
+        with pytest.raises(pytest.fail.Exception, match="trained again"):
             after("run")()
     record_of(after("run"))
 
 
-def test_a_share_of_the_samples_is_one_of_the_heads_too(after):
+def test_a_share_of_the_samples_is_one_of_the_probe_too(after):
     try_both(after)
     record = record_of(after("run", fraction=0.5))
     assert [record[key]["finetune"]["max_samples"] for key in ("heads", "recipe")] == [5, 5]
@@ -640,14 +638,14 @@ def test_no_model_is_left(after):
     assert not list(after("run").work.rglob("*.safetensors"))
 
 
-def test_what_teaches_decides(after):
-    prints = {after(name, heads).job.fingerprint for name in ("run", "first") for heads in ("mini.yaml", None)}
+def test_the_probe_decides(after):
+    prints = {after(name, probe).job.fingerprint for name in ("run", "first") for probe in ("mini.yaml", None)}
     assert len(prints) == 4
     with pytest.raises(UsageError, match=r"cannot read recipe .*gone.yaml"):
         after("run", "gone.yaml")
 
 
-def test_what_comes_after_the_heads_does_not_change_their_trials(after):
+def test_what_comes_after_the_probe_does_not_change_its_trials(after):
     run, trial = after("run").job, after("first").job
     changed = replace(run, recipe=replace(run.recipe, finetune=replace(run.recipe.finetune, max_samples=9)))
     assert changed.fingerprint != run.fingerprint
@@ -662,14 +660,18 @@ def test_the_step_is_the_language_models(after):
     ("changes", "overrides", "message"),
     [
         ({}, ("from_model=runs/tiny",), "from_model=runs/tiny: what a table compares is trained from nothing"),
-        ({}, ("model.text=scene-reader",), "model.text is scene-reader in heads=scenes-cpu and in no other recipe"),
-        ({"heads": "scenes-gpu"}, (), "model.text is scene-reader in heads=scenes-gpu"),
-        ({"search": Search(f"{FULL.name}:validation")}, (), f"teaches the heads {SMALL.name}, but .* {FULL.name}"),
+        (
+            {},
+            ("model.text=scene-reader",),
+            "model.text must be scene-reader in probe=scenes-cpu and in no",
+        ),
+        ({"probe": "scenes-gpu"}, (), "model.text must be scene-reader in probe=scenes-gpu"),
+        ({"search": Search(f"{FULL.name}:validation")}, (), f"trains the probe on {SMALL.name}, but .* {FULL.name}"),
         ({}, ("model.text.hiden_size=64",), r"unknown recipe key 'model.text.hiden_size'; did you mean"),
         ({}, ("finetune.training.max_step=64",), r"max_step"),
     ],
 )
-def test_what_cannot_work_after_heads_is_told_first(changes, overrides, message, tmp_path, monkeypatch):
+def test_what_cannot_work_after_a_probe_is_told_first(changes, overrides, message, tmp_path, monkeypatch):
     monkeypatch.setattr("acformer.lab.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
     plan = plan_for("table3", "cpu-lm")
     scale = replace(plan.scale, overrides=overrides, **changes)
@@ -677,11 +679,11 @@ def test_what_cannot_work_after_heads_is_told_first(changes, overrides, message,
         reproduce(replace(plan, name="mine", scale=scale), tmp_path)
 
 
-def test_a_table_says_what_the_heads_did():
+def test_a_table_says_what_the_probe_did():
     text = table_text(plan_for("table3", "cpu-lm"), [])
-    assert "before it, every row's connector was taught by the heads of `scenes-cpu`" in text
-    assert "after the heads it is the same for all rows" in text
-    assert "taught by the heads" not in table_text(plan_for("table3", "cpu"), [])
+    assert "before it, every row's connector was trained with the probe of `scenes-cpu`" in text
+    assert "after the probe it is the same for all rows" in text
+    assert "trained with the probe" not in table_text(plan_for("table3", "cpu"), [])
 
 
 @pytest.mark.parametrize(
@@ -697,8 +699,8 @@ def test_the_width_of_a_language_model(text, tmp_path):
 # Blind
 
 
-def test_heads_that_see_nothing_guess_better_than_frequent_answers():
-    """They say yes to every noun (F1 2/3) and prefer one of four in every order (27 % over 500 scenes)."""
+def test_a_probe_that_sees_nothing_guesses_better_than_frequent_answers():
+    """It says yes to every noun (F1 2/3) and prefers one of four in every order (27 % over 500 scenes)."""
     data = f"{SMALL.name}:test"
     asked = [as_reply(sample) for sample in undrawn_samples(SMALL.name, "test")]
     families = score_replies(data, prior_replies(SMALL, data, asked))["families"]
@@ -707,11 +709,11 @@ def test_heads_that_see_nothing_guess_better_than_frequent_answers():
     assert families["choose"]["blind"] == 0
 
 
-def test_blind_is_the_better_of_two_guesses(learner, tmp_path):
-    scores = reader_scores(learner, f"{SMALL.name}:test", tmp_path, 6)
+def test_blind_is_the_better_of_two_guesses(probed, tmp_path):
+    scores = probe_scores(probed, f"{SMALL.name}:test", tmp_path, 6)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["correct"] for line in lines) == round(scores["accuracy"] * scores["num_questions"])
-    plain = score_replies(f"{SMALL.name}:test", reader_replies(learner, f"{SMALL.name}:test", 6))
+    plain = score_replies(f"{SMALL.name}:test", probe_replies(probed, f"{SMALL.name}:test", 6))
     blind = {name: family["blind"] for name, family in scores["families"].items()}
     assert blind["exist"] == pytest.approx(2 / 3) != plain["families"]["exist"]["blind"]
     assert all(blind[name] >= family["blind"] for name, family in plain["families"].items())
@@ -720,14 +722,14 @@ def test_blind_is_the_better_of_two_guesses(learner, tmp_path):
 
 
 @pytest.mark.embedded
-def test_pictures_as_they_are_drawn(mini, tmp_path, monkeypatch):
-    """The real font and photographs, a tiny encoder: what is in ten pictures is learnt by heart."""
+def test_images_as_they_are_drawn(mini, tmp_path, monkeypatch):
+    """The real font and photographs, a tiny encoder: what is in ten images is learnt by heart."""
     for name in ("openmoji", "photographs"):
         if not (FETCHED / name).exists():
             pytest.skip(f"{name} is not fetched")
         (tmp_path / name).symlink_to(FETCHED / name)
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
     monkeypatch.setattr(dataset, "draw_scene", draw_scene)
-    found = train_reader(with_training(mini, max_steps=150)).learner
-    replies = reader_replies(found, f"{SMALL.name}:train", 10)
+    found = train_probe.train_probe(with_training(mini, max_steps=150)).probed
+    replies = probe_replies(found, f"{SMALL.name}:train", 10)
     assert sum(reply.right for reply in replies) > 0.8 * len(replies)

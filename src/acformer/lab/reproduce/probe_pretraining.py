@@ -1,7 +1,7 @@
-"""A connector taught by small heads before a language model reads its tokens: a curriculum for small machines.
+"""A connector pretrained with a probe before a language model reads its tokens: a curriculum for small machines.
 
-A language model from nothing does not find out in what two cores allow that image tokens tell it anything; heads do,
-in minutes. What they leave behind is a connector whose tokens name things; the language model starts there.
+A language model from nothing does not find out in what two cores allow that image tokens tell it anything; a probe
+does, in minutes. What it leaves behind is a connector whose tokens name things; the language model starts there.
 """
 
 from dataclasses import asdict, replace
@@ -13,30 +13,30 @@ from acformer.fetch.embedded import resolve
 from acformer.files import whole_folder
 from acformer.hf.build import build_model, new_text_config
 from acformer.lab.reproduce.plans import table_recipe
-from acformer.lab.reproduce.reading import train_reader
 from acformer.lab.reproduce.runs import Run
+from acformer.lab.reproduce.train_probe import train_probe
 from acformer.training.recipe import ModelSpec, Recipe
 from acformer.training.stages import recipe_texts
 
 
-def heads_recipe(run: Run) -> Recipe:
-    """The heads' training with the connector, the encoder and the seed of the run; its data and steps are its own."""
-    if run.scale.heads is None:
-        raise ValueError(f"scale {run.scale.name!r} has no heads")
-    heads = table_recipe(run.scale.heads)
-    return replace(heads, model=replace(run.recipe.model, text=heads.model.text), seed=run.seed)
+def probe_recipe(run: Run) -> Recipe:
+    """The probe's training with the connector, the encoder and the seed of the run; its data and steps are its own."""
+    if run.scale.probe is None:
+        raise ValueError(f"scale {run.scale.name!r} has no probe")
+    probe = table_recipe(run.scale.probe)
+    return replace(probe, model=replace(run.recipe.model, text=probe.model.text), seed=run.seed)
 
 
-def taught_by_heads(recipe: Recipe, heads: Recipe, folder: Path) -> Recipe:
-    """The recipe going on from a model in `folder`, new but for the connector, which the heads have taught.
+def pretrained_by_probe(recipe: Recipe, probe: Recipe, folder: Path) -> Recipe:
+    """The recipe going on from a model in `folder`, new but for the connector, which was trained with a probe.
 
-    It is made unless it is there already: the name of the folder must tell one training of the heads from another.
+    It is made unless it is there already: the name of the folder must tell one training of the probe from another.
     """
     if not folder.exists():
         set_seed(recipe.seed)
         model, processor = build_model(**asdict(recipe.model), texts=recipe_texts(recipe))
-        learner = train_reader(heads, text_width(recipe.model)).learner
-        model.model.connector.load_state_dict(learner.connector.state_dict())
+        connector = train_probe(probe, text_width(recipe.model)).probed.connector
+        model.model.connector.load_state_dict(connector.state_dict())
         folder.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(folder) as made:
             model.save_pretrained(made)

@@ -1,4 +1,4 @@
-"""A table as a picture: accuracy of every row against the time of its training step; and against the samples.
+"""A table as a figure: accuracy of every row against the time of its training step; and against the samples.
 
 The paper's Figure 1 has the step time as its axis; here every table has its figure, with the interval over seeds and
 the blind level, and a second panel where rows were trained with fewer samples. Rows that did not learn are left out,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_figure(plan: Plan, cells: Sequence[Measured], path: Path) -> None:
+def plot_scores(plan: Plan, cells: Sequence[Measured], path: Path) -> None:
     """Write `<path>.png` and `<path>.svg` of the first data set; nothing as long as nothing is measured."""
     data = plan.scale.data[0]
     known = [cell for cell in cells if cell.records]

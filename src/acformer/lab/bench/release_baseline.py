@@ -1,4 +1,4 @@
-"""The authors' way, for comparison: eager attention through all blocks, every N x N map kept, selection in a loop.
+"""The authors' way, as a baseline: eager attention through all blocks, every N x N map kept, selection in a loop.
 
 Written from the paper (Sec. 3.2, 3.3), not from their code. `select_anchors_reference` is the same search made to be
 read; here it is made as their description has it run, with one sort and one wait for the device a head.
@@ -31,7 +31,7 @@ def select(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> Int[Tenso
     quota = num_anchors // cls_attention.shape[1]
     anchors = []
     for image in cls_attention:
-        taken: set[int] = set()
+        taken: set[int] = set()  # patches of earlier heads, which a later one passes over
         for scores in image:
             order = scores.argsort(descending=True).tolist()
             taken |= {*islice((patch for patch in order if patch not in taken), quota)}

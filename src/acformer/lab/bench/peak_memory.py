@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Watch(TorchDispatchMode):
-    """`with Watch() as watch:` counts what runs inside.
+class PeakMemory(TorchDispatchMode):
+    """`with PeakMemory() as memory:` counts what runs inside.
 
     calls: ATen operations, those of a backward pass too.
     peak_bytes: the most bytes that tensors made inside held at one time; inputs and weights are not counted.
@@ -28,17 +28,14 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        given = [_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = _storages((args, kwargs))
         output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._hold(leaf, given)
+        for storage in _storages(output):
+            if storage not in self._known and not any(storage is other for other in given):
+                self._hold(storage)
         return output
 
-    def _hold(self, tensor: Tensor, given: list[Any]) -> None:
-        storage = _storage(tensor)
-        if any(storage is other for other in given) or storage in self._known:
-            return
+    def _hold(self, storage: Any) -> None:
         self._known.add(storage)
         self._bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self._bytes)
@@ -48,5 +45,5 @@ class Watch(TorchDispatchMode):
         self._bytes -= nbytes
 
 
-def _storage(tensor: Tensor) -> Any:
-    return tensor.untyped_storage()
+def _storages(tree: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

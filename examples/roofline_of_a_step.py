@@ -1,6 +1,6 @@
 """The arithmetic of a step of stage 1 at a preset's size: what fewer visual tokens may save at most, on any machine.
 
-    python examples/floor_of_a_step.py [PRESET]      (default llava15-7b: CLIP-L/14 at 336 pixels, Vicuna-7B)
+    python examples/roofline_of_a_step.py [PRESET]      (default llava15-7b: CLIP-L/14 at 336 pixels, Vicuna-7B)
 
 Counts FLOP alone, without weights and without a device; `acformer bench train` measures against the same counts.
 """
@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from acformer.lab.bench.floors import encoder_flops
-from acformer.lab.bench.presets import connectors_at, load_preset
+from acformer.lab.bench.presets import build_connectors, load_preset
+from acformer.lab.bench.roofline import encoder_flops
 from acformer.lab.bench.train import caption_lengths, step_flops
 
 
@@ -19,9 +19,7 @@ def main(name: str = "llava15-7b") -> None:
     preset = load_preset(name)
     config, captions, grid = preset.config, caption_lengths(preset.train_batch), preset.geometry.grid
     encoder = len(captions) * encoder_flops(config.vision_config, grid, config.feature_layer)
-    connectors = connectors_at(
-        preset.geometry, ("mlp", "acformer"), preset.tokens, torch.device("meta"), torch.float32, preset.options
-    )
+    connectors = build_connectors(preset, ("mlp", "acformer"), preset.tokens, torch.device("meta"), torch.float32)
     steps = {key: step_flops(config, connector, captions) for key, connector in connectors.items()}
     everything = next(iter(steps.values()))
     print(f"{name}, {len(captions)} captions of {min(captions)} to {max(captions)} tokens")

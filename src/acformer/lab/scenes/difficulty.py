@@ -1,4 +1,4 @@
-"""How hard the scenes are: two levels, one description."""
+"""How hard the scenes are: two difficulties of one description, and the vocabulary that they are drawn from."""
 
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from acformer.errors import unknown_name
 
-VERSION = 1  # of all scenes; whatever changes a picture or a question changes it too
+VERSION = 1  # of all scenes; whatever changes an image or a question changes it too
 SPLITS = ("train", "validation", "test", "novel")
 
 
@@ -35,7 +35,7 @@ class Noun:
 
 
 @dataclass(frozen=True)
-class Level:
+class Difficulty:
     """nouns: so many of each theme. objects, sizes (px), word_sizes (px): ranges. scenes: per split."""
 
     name: str
@@ -46,7 +46,6 @@ class Level:
     word_sizes: tuple[int, int]
     printed: tuple[int, int]
     scenes: tuple[int, int, int, int]
-    photographs: bool = True
 
     @cached_property
     def nouns(self) -> tuple[Noun, ...]:
@@ -65,10 +64,10 @@ class Level:
         return self.scenes[SPLITS.index(split)]
 
 
-LEVELS = {
-    level.name: level
-    for level in (
-        Level(
+DIFFICULTIES = {
+    each.name: each
+    for each in (
+        Difficulty(
             "openmoji-scenes",
             nouns_per_theme=99,
             num_words=1000,
@@ -78,7 +77,7 @@ LEVELS = {
             printed=(0, 2),
             scenes=(40_000, 500, 1_000, 500),
         ),
-        Level(
+        Difficulty(
             "openmoji-scenes-small",
             nouns_per_theme=3,
             num_words=16,
@@ -97,8 +96,8 @@ def vocabulary() -> dict[str, tuple[Noun, ...]]:
     """The nouns by theme, as `vocabulary.txt` lists them: character, name and form (see `Noun`)."""
     themes = {}
     for line in _text("vocabulary.txt").splitlines():
-        theme, _, entries = line.partition(": ")
-        pairs = [entry.split(" ") for entry in entries.split(", ")]
+        theme, _, listed = line.partition(": ")
+        pairs = [entry.split(" ") for entry in listed.split(", ")]
         themes[theme] = tuple(Noun(n.rstrip("~+"), char, theme, n[len(n.rstrip("~+")) :]) for char, n in pairs)
     return themes
 

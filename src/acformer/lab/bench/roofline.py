@@ -1,8 +1,8 @@
 """The least arithmetic (FLOP) and memory traffic (bytes) of each part, from shapes alone.
 
 A product of (m, k) and (k, n) is 2 m k n FLOP; norms, activations and softmax count nothing. Unlike what a FLOP counter
-sees, causal attention has its lower triangle alone, and a frozen weight has no gradient. `Rates.floor` turns both into
-seconds.
+sees, causal attention has its lower triangle alone, and a frozen weight has no gradient. `MeasuredPeak.roofline` turns
+both into seconds.
 """
 
 import copy
@@ -68,40 +68,42 @@ def connector_bytes(connector: Connector) -> int:
 
 
 def counted_flops(connector: Connector, run: Callable[[Connector, Any], Any]) -> int:
-    """FLOP of `run(connector, blank features of one image)` as torch counts them; nothing is computed (meta device).
+    """FLOP of `run(connector, features of one image)` as torch counts them; nothing is computed (meta device).
 
     Connectors are many and differ, so that they alone are counted instead of written down.
     """
-    ghost = _ghost(connector)
-    mended = {torch.ops.aten.convolution_backward: _conv_backward}
-    with FlopCounterMode(display=False, custom_mapping=mended) as counter:
-        run(ghost, ghost.zero_features())
+    on_meta = _on_meta(connector)
+    corrected = {torch.ops.aten.convolution_backward: _conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
+        run(on_meta, on_meta.zero_features())
     return counter.get_total_flops()
 
 
 def connector_flops(connector: Connector) -> int:
     """FLOP of a forward pass for an image."""
-    return counted_flops(connector, lambda ghost, blank: ghost(blank))
+    return counted_flops(connector, lambda on_meta, features: on_meta(features))
 
 
 def connector_step_flops(connector: Connector) -> int:
     """FLOP of a forward and a backward pass for an image: gradients of the weights, none of the features."""
-    return counted_flops(connector, lambda ghost, blank: ghost(blank).sum().backward())
+    return counted_flops(connector, lambda on_meta, features: on_meta(features).sum().backward())
 
 
-def _ghost(connector: Connector) -> Connector:
-    """The connector on the meta device, its weights left where they are."""
+def _on_meta(connector: Connector) -> Connector:
+    """A copy on the meta device; the connector's weights stay where they are."""
     memo: dict[int, Any] = {}
     for tensor in (*connector.parameters(), *connector.buffers()):
-        ghost = torch.empty_like(tensor, device="meta", dtype=torch.float32)
-        memo[id(tensor)] = torch.nn.Parameter(ghost) if isinstance(tensor, torch.nn.Parameter) else ghost
+        empty = torch.empty_like(tensor, device="meta", dtype=torch.float32)
+        memo[id(tensor)] = torch.nn.Parameter(empty) if isinstance(tensor, torch.nn.Parameter) else empty
     return copy.deepcopy(connector, memo)
 
 
 def _conv_backward(grad: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Each gradient asked for costs the forward pass; torch's own count forgets that groups do not mix."""
-    output_mask = args[-1]
-    return 2 * math.prod(weight[1:]) * math.prod(grad) * sum(output_mask[:2])
+    """Each gradient asked for costs the forward pass; torch's own count forgets that groups do not mix.
+
+    grad (B, out, ...) and weight (out, in / groups, ...) are shapes; the last argument says which gradients are wanted.
+    """
+    return 2 * math.prod(weight[1:]) * math.prod(grad) * sum(args[-1][:2])
 
 
 def _linear_flops(config: PreTrainedConfig) -> int:

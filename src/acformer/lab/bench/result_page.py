@@ -1,14 +1,15 @@
 """The JSON of the bench as Markdown: one table a file, and all of a folder on one page."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from acformer.errors import DataError
+from acformer.lab.markdown import markdown_table
 
-Row = dict[str, Any]
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,12 @@ class Layout:
     """How a command's rows are shown: what the page says first, what labels a line, what stands in its cells.
 
     spread: the label that becomes columns, one for each value with its batch; then every cell is milliseconds and
-    the ratio to the floor.
+    the ratio to the roofline's.
     """
 
     title: str
     labels: tuple[str, ...]
-    figures: tuple[str, ...]
+    columns: tuple[str, ...]
     spread: str | None = None
 
 
@@ -37,10 +38,10 @@ LAYOUTS = {
         ("dtype", "batch", "features", "connector", "tokens"),
         ("speed", "floor speed", "share", "floor ms", *TIMES),
     ),
-    "generate": Layout("From picture to token", ("dtype", "connector", "tokens"), ("KV MiB an image",), "part"),
+    "generate": Layout("From image to token", ("dtype", "connector", "tokens"), ("KV MiB an image",), "part"),
     "growth": Layout("Growth with N", ("dtype", "batch", "patches", "way"), ("x ours", "floor ms", *TIMES)),
 }
-FIGURES: dict[str, Callable[[Row], Any]] = {
+CELLS: dict[str, Callable[[Result], Any]] = {
     "ms": lambda row: row.get("error") or row["ms"],
     "floor ms": lambda row: row.get("floor_ms"),
     "x floor": lambda row: row.get("x_floor"),
@@ -60,17 +61,12 @@ def table(record: dict[str, Any]) -> str:
     layout = LAYOUTS[record["what"]]
     lines = [_line(layout, [row]) for row in record["rows"]]
     if layout.spread is not None:
-        groups: dict[tuple, list[Row]] = {}
+        groups: dict[tuple, list[Result]] = {}
         for row in record["rows"]:
             groups.setdefault(tuple(row[label] for label in layout.labels), []).append(row)
         lines = [_line(layout, rows) for rows in groups.values()]
-    columns = [*max(lines, key=len)]
-    cells: list[Iterable[Any]] = [
-        columns,
-        ["---"] * len(columns),
-        *([line.get(column) for column in columns] for line in lines),
-    ]
-    return "\n".join(map(_row, cells))
+    columns = max(lines, key=len)
+    return markdown_table(columns, [[line.get(column) for column in columns] for line in lines])
 
 
 def page(folder: Path) -> str:
@@ -90,43 +86,43 @@ def page(folder: Path) -> str:
 HEAD = """# What it costs
 
 Made by `acformer bench summary` from the JSON files beside it; [docs/bench.md](../../docs/bench.md) says what each
-command measures and how to read the floors. All models have random weights: speed does not depend on them. Times are
-medians; each ratio is the median of its rounds' own ratios, with their quartiles in brackets. A floor is arithmetic
-over the measured rate of a matrix product, or bytes over the measured rate of memory, whichever is more; a selector
-has none, but a copy of its scores beside it."""
+command measures and how to read the rooflines. All models have random weights: speed does not depend on them. Times are
+medians; each ratio is the median of its rounds' own ratios, with their quartiles in brackets. The roofline's time
+(*floor*) is arithmetic over the measured rate of a matrix product, or bytes over the measured rate of memory, whichever
+is more; a selector has none, but a copy of its scores beside it."""
 
 
 def _section(path: Path, record: dict[str, Any]) -> str:
-    facts = [record.get(key) for key in ("device", "machine")]
-    versions = [f"{key} {record[key]}" for key in ("python", "torch", "transformers", "commit")]
-    where = "; ".join(str(fact) for fact in [*facts, *versions, record.get("changes")] if fact)
     measured = {row["dtype"]: row for row in record["rows"] if "gflop_per_s" in row}.values()
     rates = (f"{row['dtype']} {row['gflop_per_s']:g} GFLOP/s, memory {row['gb_per_s']:g} GB/s" for row in measured)
     about = f"{record['vision']}; {record['text']}. {record['rounds']} rounds. Measured rates: {'; '.join(rates)}."
     title = f"## {LAYOUTS[record['what']].title}: {record['preset']}"
-    return "\n\n".join([title, about, table(record), f"`{record['command']}` -> [{path.name}]({path.name})", where])
+    made_by = f"`{record['command']}` -> [{path.name}]({path.name})"
+    return "\n\n".join([title, about, table(record), made_by, measured_on(record)])
 
 
-def _line(layout: Layout, rows: list[Row]) -> dict[str, Any]:
+def measured_on(record: dict[str, Any]) -> str:
+    """Device, machine, versions and commit of a record."""
+    versions = [f"{key} {record[key]}" for key in ("python", "torch", "transformers", "commit")]
+    facts = [record.get("device"), record["machine"], *versions, record.get("changes")]
+    return "; ".join(str(fact) for fact in facts if fact)
+
+
+def _line(layout: Layout, rows: list[Result]) -> dict[str, Any]:
     """Column -> cell, for one line of the table."""
     line = {label: rows[0][label] for label in layout.labels}
-    line |= {name: FIGURES[name](rows[0]) for name in layout.figures}
+    line |= {name: CELLS[name](rows[0]) for name in layout.columns}
     if layout.spread is None:
         return line
     return line | {f"{row[layout.spread]} @{row['batch']}, ms (x floor)": _time(row) for row in rows}
 
 
-def _time(row: Row) -> str:
+def _time(row: Result) -> str:
     return f"{row['ms']:g} ({row['x_floor']:g})" if "x_floor" in row else f"{row['ms']:g}"
 
 
-def _ratio(row: Row) -> str | None:
+def _ratio(row: Result) -> str | None:
     if "ratio" not in row:
         return None
     low, high = row["ratio_quartiles"]
     return f"{row['ratio']:g} ({low:g} .. {high:g})"
-
-
-def _row(cells: Iterable[Any]) -> str:
-    shown = (f"{cell:g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells)
-    return f"| {' | '.join(shown)} |"
