@@ -5,6 +5,7 @@ What a command takes and does is in `acformer.commands`; here is what they have 
 """
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 from acformer import __version__
 from acformer.commands import COMMANDS
-from acformer.errors import AcFormerError, UsageError
+from acformer.errors import AcFormerError, CheckpointError, UsageError
 from acformer.lab.commands import COMMANDS as LAB_COMMANDS
 
 INTERRUPTED, TERMINATED, PREEMPTED = 130, 143, 75
@@ -33,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if said := arguments.run(arguments):
             print(said)
-    except (AcFormerError, OSError) as error:
+    except (AcFormerError, MemoryError, OSError) as error:
         if arguments.debug:
             raise
         print(f"acformer: error: {_one_line(error)}", file=sys.stderr)
-        return error.exit_code if isinstance(error, AcFormerError) else UsageError.exit_code
+        return _exit_code(error)
     except KeyboardInterrupt as stop:
         print(f"acformer: interrupted{GOES_ON if arguments.resumable else ''}", file=sys.stderr)
         terminated = PREEMPTED if arguments.resumable else TERMINATED
@@ -45,7 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, AcFormerError):
+        return error.exit_code
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return CheckpointError.exit_code if is_full else UsageError.exit_code
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory: take smaller batches, smaller images or a smaller model"
     message = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
@@ -78,6 +88,9 @@ def _set_up_logs(quiet: bool) -> None:
     logging.getLogger("httpx").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():  # a bar in a file: one state now and then, before tqdm is imported
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
+        os.environ.setdefault("TQDM_MAXINTERVAL", "30")
 
 
 def _terminated(signum: int, frame: Any) -> NoReturn:

@@ -1,6 +1,6 @@
-"""Samples -> batches of tensors, padded on the right for training; pictures are opened here, no earlier.
+"""Samples -> batches of tensors, padded on the right for training; images are opened here, no earlier.
 
-A sample that cannot be used (damaged picture, cut image tokens, nothing to learn) does not kill the run: it
+A sample that cannot be used (damaged image, cut image tokens, nothing to learn) does not kill the run: it
 goes to the `SkipLog` and the batch goes on with the others. Without a log nothing is ever left out: the error
 is raised.
 """
@@ -23,15 +23,15 @@ from acformer.errors import DataError
 from acformer.images import load_image
 
 Features = Mapping[str, Tensor | None]
-Picture = TypeVar("Picture", bound=Hashable)
+Key = TypeVar("Key", bound=Hashable)
 Opened = tuple[dict[str, Any], list[tuple[Path, Any]]]
 
 
 class ConversationDataset(Dataset):
     """Groups of `Sample`s, each sample as `{"id", "images" (paths), "sample", "input_ids", "labels"}`.
 
-    An item is a list of at most `group` samples about the same pictures (default: one), so that a batch can ask
-    several questions about a picture that is encoded once. A sample that cannot be encoded has `error` (the
+    An item is a list of at most `group` samples about the same images (default: one), so that a batch can ask
+    several questions about an image that is encoded once. A sample that cannot be encoded has `error` (the
     reason) in place of ids and labels. Nothing is drawn at random: an item depends on its index alone.
     """
 
@@ -64,22 +64,23 @@ class ConversationDataset(Dataset):
 
 
 def grouped(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Samples about the same pictures, `size` at most together; in order of their pictures' first appearance."""
-    by_pictures: dict[Any, list[Sample]] = {}
+    """Samples about the same images, `size` at most together; in order of their images' first appearance."""
+    by_images: dict[Any, list[Sample]] = {}
     for number, sample in enumerate(samples):
-        by_pictures.setdefault(sample.images or number, []).append(sample)
-    return [same[i : i + size] for same in by_pictures.values() for i in range(0, len(same), size)]
+        by_images.setdefault(sample.images or number, []).append(sample)
+    return [same[i : i + size] for same in by_images.values() for i in range(0, len(same), size)]
 
 
-def stack_features(pictures: Sequence[Picture], features: Callable[[Picture], Features]) -> dict[str, Tensor]:
-    """Encoder output of the pictures, each once: tokens (U, P+N, D), cls_attention (U, H, N), hidden_layers.
+def stack_features(images: Sequence[Key], features: Callable[[Key], Features]) -> dict[str, Tensor]:
+    """Encoder output of the images, each once: tokens (U, P+N, D), cls_attention (U, H, N), hidden_layers.
 
-    hidden_layers are (U, K, P+N, D); image_index (I,) says which of the U each of the I pictures is. They are known by
+    hidden_layers are (U, K, P+N, D); image_index (I,) says which of the U each of the I images is. They are known by
     path or name. One copy is made, in a loader's worker straight into the memory that it shares with the main process.
     """
-    found = {one: {k: v for k, v in features(one).items() if v is not None} for one in dict.fromkeys(pictures)}
+    # Of each of the U images (P+N, D), (H, N), ...; the collation puts U in front.
+    found = {one: {k: v for k, v in features(one).items() if v is not None} for one in dict.fromkeys(images)}
     place = {one: number for number, one in enumerate(found)}
-    return {**default_collate([*found.values()]), "image_index": torch.tensor([place[one] for one in pictures])}
+    return {**default_collate([*found.values()]), "image_index": torch.tensor([place[one] for one in images])}
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -134,7 +135,7 @@ class Collator:
 
     def _batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         good, reason = self._usable(items)
-        good = good or self._stand_in()  # a batch cannot be empty
+        good = good or self._replacement()  # a batch cannot be empty
         if not good:
             raise DataError(f"no usable sample in the batch {_names(items)}: {reason}")
         images = [image for _, opened in good for image in opened]
@@ -144,7 +145,7 @@ class Collator:
         return {**batch, **self._vision(images), "sample_ids": [item["id"] for item in good_items]}
 
     def _usable(self, items: list[dict[str, Any]]) -> tuple[list[Opened], str]:
-        """The items whose pictures open, with these; and why the last of the others did not."""
+        """The items whose images open, with these; and why the last of the others did not."""
         good, reason = [], "the batch is empty"
         for item in items:
             try:
@@ -154,7 +155,7 @@ class Collator:
                 self._skip(item, error)
         return good, reason
 
-    def _stand_in(self) -> list[Opened]:
+    def _replacement(self) -> list[Opened]:
         """What is good of the first item of the data set that has any."""
         if self._first_usable is None:
             groups = () if self.dataset is None else map(self.dataset.__getitem__, range(len(self.dataset)))
@@ -162,7 +163,7 @@ class Collator:
         return self._first_usable
 
     def _open(self, item: dict[str, Any]) -> list[tuple[Path, Any]]:
-        """The pictures of an item, or what the encoder made of them."""
+        """The images of an item, or what the encoder made of them."""
         if "error" in item:
             raise DataError(item["error"])
         return [(path, (self.features or load_image)(path)) for path in item["images"]]
@@ -199,8 +200,8 @@ class Collator:
         if not images:
             return {}
         if self.features is None:
-            pictures = [picture for _, picture in images]
-            return {"pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]}
+            opened = [image for _, image in images]
+            return {"pixel_values": self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]}
         return {"vision_features": stack_features([path for path, _ in images], dict(images).__getitem__)}
 
 

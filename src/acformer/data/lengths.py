@@ -1,6 +1,6 @@
 """Samples of like length in one batch, so that fewer visual tokens are fewer FLOPs and not padding.
 
-Differs from transformers' `LengthGroupedSampler`: lengths are estimated from the text (nothing is tokenised, no picture
+Differs from transformers' `LengthGroupedSampler`: lengths are estimated from the text (nothing is tokenised, no image
 opened); the order is a function of seed and epoch alone, so a resumed run goes on in it and all processes share it; the
 batches of an epoch come in random order, not from long to short.
 """
@@ -21,7 +21,7 @@ STEPS = 50
 
 
 def estimated_length(sample: Sample, num_placeholders: int) -> int:
-    """About how many tokens a sample will be, with `num_placeholders` image tokens a picture."""
+    """About how many tokens a sample will be, with `num_placeholders` image tokens an image."""
     text = sum(len(part.encode()) for message in sample.messages for part in split_at_images(message))
     return num_placeholders * len(sample.images) + text // BYTES_PER_TOKEN + TOKENS_PER_TURN * len(sample.messages)
 

@@ -14,7 +14,7 @@ SKIPPED = "skipped.jsonl"
 
 
 class SkipLog:
-    """Counts what was offered and skipped: used + skipped = offered, also when a picture turns out bad late.
+    """Counts what was offered and skipped: used + skipped = offered, also when an image turns out bad late.
 
     The file at `path` is shared by the copies in loaders' workers and by the processes of a distributed run: a record
     is written there once and counted by all. `fresh` removes an older file. Without a path, each copy is on its own.

@@ -41,7 +41,8 @@ class ElasticBudget:
         """input_ids, attention_mask and labels (B, L) cut to the step's T, and `num_visual_tokens` for the model."""
         num_tokens = self.sample(step)
         written, wanted = map(self.processor.count_placeholders, (self.choices[-1], num_tokens))
-        places = batch["input_ids"] == self.processor.image_token_id
+        places = batch["input_ids"] == self.processor.image_token_id  # (B, L)
+        # The image tokens of a row are numbered through; of each run of `written`, the first `wanted` stay.
         dropped = places & ((places.cumsum(1) - 1) % written >= wanted)
         fill = {"input_ids": padding_id(self.processor.tokenizer), "attention_mask": 0, "labels": IGNORE}
         text = drop_positions(dropped, {key: batch[key] for key in fill}, fill)
@@ -75,7 +76,8 @@ def drop_positions(
 ) -> dict[str, Tensor]:
     """The rows of a padded batch without the dropped positions, padded on the right again to the longest of them."""
     kept = text["attention_mask"].bool() & ~dropped
-    lengths = kept.sum(1, keepdim=True)
+    lengths = kept.sum(1, keepdim=True)  # (B, 1)
+    # A stable sort puts what is kept to the front of each row, in its order: (B, longest of the rows).
     order = (~kept).long().argsort(dim=1, stable=True)[:, : int(lengths.max())]
-    padding = torch.arange(order.shape[1], device=order.device) >= lengths
+    padding = torch.arange(order.shape[1], device=order.device) >= lengths  # (B, longest)
     return {key: value.gather(1, order).masked_fill(padding, fill[key]) for key, value in text.items()}

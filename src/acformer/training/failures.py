@@ -27,7 +27,11 @@ KNOWN: tuple[tuple[str, type[AcFormerError], str], ...] = (
         f"a loader's worker has given no batch for {LOADER_TIMEOUT:g} s: does the disk with the images hang? "
         "(dataloader_num_workers: 0 loads in the process itself)",
     ),
-    (r"MemoryError|out of memory|not enough memory|ALLOC_FAILED", UsageError, f"out of memory: {LESS_MEMORY}"),
+    (
+        r"MemoryError|out of memory|not enough memory|n't allocate memory|ALLOC_FAILED",
+        UsageError,
+        f"out of memory: {LESS_MEMORY}",
+    ),
     (
         r"[Gg]loo|NCCL|Connection (closed|reset) by peer|DistBackendError",
         AcFormerError,

@@ -1,0 +1,257 @@
+"""That what a recipe says arrives: each test fails for one change between recipe, trainer, collator and samplers."""
+
+import json
+import math
+from collections.abc import Iterable
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_train import changed, data, recipe, weights  # noqa: F401 (fixtures)
+from transformers import CLIPVisionModel
+
+from acformer.data.collate import ConversationDataset
+from acformer.data.datasets import DATASETS, Dataset
+from acformer.data.lengths import grouped_by_length
+from acformer.data.samples import Sample
+from acformer.errors import DataError
+from acformer.hf.build import square_image_processor
+from acformer.lab.paper import RECIPE
+from acformer.training.arguments import training_arguments
+from acformer.training.recipe import load_recipe
+from acformer.training.stages import train
+from acformer.training.trainer import AcFormerTrainer
+
+ONE = ["stage=finetune", "pretrain=null"]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """What every batch of a run holds, with the trainer and the model in it, as the loss is computed."""
+    loss, seen = AcFormerTrainer.compute_loss, []
+
+    def watched(self, model, inputs, *args, **kwargs):
+        seen.append({"trainer": self, "model": model, **inputs})
+        return loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AcFormerTrainer, "compute_loss", watched)
+    return seen
+
+
+def log_of(folder) -> list[dict]:
+    return json.loads((folder.parent / "log.json").read_text())
+
+
+# The recipe
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["llava15-7b-acformer145", "llava15-7b-mlp577"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_papers_schedule_is_the_papers(tmp_path, name, stage):
+    chosen, paper = load_recipe(name), RECIPE[stage]
+    spec = getattr(chosen, stage)
+    args = training_arguments(spec, tmp_path, chosen.seed, progress=False)
+    assert args.lr_scheduler_type == paper.schedule
+    assert args.get_warmup_steps(1000) == 1000 * paper.warmup
+    assert args.num_train_epochs == paper.epochs
+    assert args.max_steps == -1
+    assert args.weight_decay == paper.weight_decay
+    assert args.optim.startswith(paper.optimizer.lower())
+    assert args.bf16 is (paper.dtype == "bfloat16")
+    assert spec.max_length == paper.max_length
+    assert (spec.template or chosen.model.template) == paper.template
+    assert tuple(spec.learning_rates) == paper.trained
+
+
+def test_learning_rates_follow_a_cosine_from_each_modules_own(recipe):  # noqa: F811
+    folder = train(recipe(*ONE, "finetune.training.max_steps=8"), progress=False)
+    rates = [entry["learning_rate"] for entry in log_of(folder) if "learning_rate" in entry]
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
+
+
+def test_a_seed_decides_the_new_weights_and_the_order(recipe, tmp_path, batches):  # noqa: F811
+    def run(seed: int, folder: str) -> tuple[dict, list]:
+        batches.clear()
+        still = [f"finetune.learning_rates={{{name}: 1.0e-30}}" for name in ("connector",)]
+        made = train(recipe(*ONE, *still, f"seed={seed}", f"output_dir={tmp_path}/{folder}"), progress=False)
+        return weights(made), [batch["sample_ids"] for batch in batches]
+
+    (first, order), (again, same_order), (other, other_order) = run(1, "a"), run(1, "b"), run(2, "c")
+    assert changed(first, again) == set()
+    assert order == same_order
+    assert {"connector", "language_model"} <= changed(first, other)
+    assert order != other_order
+
+
+def test_every_default_of_ours_is_in_the_arguments(tmp_path):
+    spec = load_recipe("tiny").finetune
+    spec.training = {}
+    args = training_arguments(spec, tmp_path, 5, progress=False)
+    assert (args.lr_scheduler_type, args.optim, args.weight_decay) == ("cosine", "adamw_torch_fused", 0.0)
+    assert (args.save_strategy, args.report_to, args.seed, args.disable_tqdm) == ("no", [], 5, True)
+    assert (args.remove_unused_columns, args.logging_nan_inf_filter) == (False, False)
+    assert args.learning_rate == max(spec.learning_rates.values())
+    assert training_arguments(spec, tmp_path, 5, progress=True).disable_tqdm is False
+
+
+# The trainer
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_frozen_encoder_is_in_eval_mode_and_all_else_trains(recipe, monkeypatch, learns):  # noqa: F811
+    modes, forward = set(), CLIPVisionModel.forward
+
+    def watched(self, *args, **kwargs):
+        modes.add(self.training)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", watched)
+    others, loss = set(), AcFormerTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        result = loss(self, model, *args, **kwargs)
+        others.update((model.model.connector.training, model.model.language_model.training))
+        return result
+
+    monkeypatch.setattr(AcFormerTrainer, "compute_loss", compute_loss)
+    rates = "finetune.learning_rates={vision_tower: 0.001, connector: 0.01}" if learns else "seed=0"
+    train(recipe(*ONE, rates), progress=False)
+    assert modes == {learns}
+    assert others == {True}
+
+
+def test_each_module_that_is_named_learns_and_no_other(recipe, tmp_path):  # noqa: F811
+    still = "finetune.learning_rates={connector: 1.0e-30}"
+    start = weights(train(recipe(*ONE, still, f"output_dir={tmp_path}/start"), progress=False))
+    for module in ("vision_tower", "connector", "language_model"):
+        rates = f"finetune.learning_rates={{{module}: 0.01}}"
+        end = weights(train(recipe(*ONE, rates, f"output_dir={tmp_path}/{module}"), progress=False))
+        moved = {name.split(".")[1] for name in end if (end[name] - start[name]).abs().max() > 1e-12}
+        assert module in moved
+        assert not moved & ({"vision_tower", "connector", "language_model"} - {module})
+
+
+def test_a_group_stands_in_one_batch_and_its_image_is_there_once(recipe, data, batches):  # noqa: F811
+    records = json.loads((data / "questions.json").read_text())
+    twice = [{**record, "id": f"{record['id']}-{n}"} for n in range(2) for record in records]
+    (data / "pairs.json").write_text(json.dumps(twice))
+    train(recipe(*ONE, f"finetune.data={data}/pairs.json", "finetune.group=2", "cache_features=true"), progress=False)
+    for batch in batches:
+        names = [name.split("-")[0] for name in batch["sample_ids"]]
+        assert names[::2] == names[1::2]
+        assert len(names) == 8
+        assert len(batch["vision_features"]["tokens"]) == 4
+
+
+@pytest.mark.parametrize("seed", ["seed=3", "finetune.training.data_seed=3"])
+def test_each_epoch_has_its_own_order_of_like_lengths(recipe, data, batches, seed):  # noqa: F811
+    records = json.loads((data / "questions.json").read_text())
+    for number, record in enumerate(records):
+        record["conversations"][1]["value"] += " indeed" * (5 * number % 12)
+    (data / "uneven.json").write_text(json.dumps(records))
+    by_length = "finetune.training.train_sampling_strategy=group_by_length"
+    steps = ["finetune.training.max_steps=9", f"finetune.data={data}/uneven.json"]
+    train(recipe(*ONE, by_length, *steps, seed), progress=False)
+    lengths = batches[0]["trainer"].train_dataset.lengths()
+    for epoch in range(3):
+        order = [int(name) for batch in batches[3 * epoch : 3 * epoch + 3] for name in batch["sample_ids"]]
+        assert order == grouped_by_length(lengths, 4, f"3 {epoch}")
+
+
+def test_a_step_of_several_batches_is_of_like_length(recipe, data, batches):  # noqa: F811
+    both = ["train_sampling_strategy=group_by_length", "gradient_accumulation_steps=2", "per_device_train_batch_size=2"]
+    train(recipe(*ONE, *[f"finetune.training.{key}" for key in both]), progress=False)
+    assert batches[0]["trainer"].get_train_dataloader().batch_sampler.sampler.rows == 4
+
+
+def test_the_loss_of_accumulated_batches_is_that_of_one(recipe, tmp_path):  # noqa: F811
+    def losses(folder: str, *settings: str) -> list[float]:
+        overrides = [f"finetune.training.{key}" for key in (*settings, "train_sampling_strategy=sequential")]
+        made = train(recipe(*ONE, *overrides, f"output_dir={tmp_path}/{folder}"), progress=False)
+        return [entry["loss"] for entry in log_of(made) if "loss" in entry]
+
+    accumulated = losses("two", "per_device_train_batch_size=1", "gradient_accumulation_steps=4")
+    assert accumulated == pytest.approx(losses("one"), rel=1e-4)
+
+
+@pytest.mark.parametrize(("key", "length"), [("max_samples", 5), ("template", 12)])
+def test_what_a_stage_says_of_its_data_arrives(recipe, batches, key, length):  # noqa: F811
+    value = {"max_samples": "5", "template": "bare"}[key]
+    train(recipe(*ONE, f"finetune.{key}={value}", "model.template=vicuna_v1"), progress=False)
+    dataset = batches[0]["trainer"].train_dataset
+    assert len(dataset) == length
+    text = dataset.processor.tokenizer.decode(batches[0]["input_ids"][0])
+    assert ("ASSISTANT" in text) is (key == "max_samples")
+
+
+def test_a_sample_that_is_too_long_for_the_stage_is_left_out(recipe):  # noqa: F811
+    with pytest.raises(DataError, match="max_length 8 cuts off"):
+        train(recipe(*ONE, "finetune.max_length=8"), progress=False)
+
+
+def test_the_model_learns_the_answers_and_nothing_else(recipe, batches):  # noqa: F811
+    train(recipe(*ONE), progress=False)
+    tokenizer = batches[0]["trainer"].train_dataset.processor.tokenizer
+    for batch in batches:
+        for labels in batch["labels"]:
+            said = tokenizer.decode(labels[labels != -100])
+            assert said.removesuffix("</s>").strip() in ("red", "green", "blue")
+            assert said.endswith("</s>")
+
+
+# The images
+
+
+@pytest.mark.parametrize("size", [(40, 10), (10, 40)])
+def test_nothing_of_an_image_that_is_not_square_is_cut_off(tmp_path, size):
+    CLIPVisionModel(tiny.config().vision_config).save_pretrained(tmp_path)
+    tiny.processor().image_processor.save_pretrained(tmp_path)
+    processor = square_image_processor(str(tmp_path), 16)
+    wide = size[0] > size[1]
+    image = Image.new("RGB", size, (255, 0, 0))
+    image.paste((0, 0, 255), (size[0] // 2, 0, *size) if wide else (0, size[1] // 2, *size))
+    (pixels,) = processor([image], return_tensors="pt")["pixel_values"]  # (3, 16, 16)
+    middle = pixels[:, 8] if wide else pixels[:, :, 8]  # along the image
+    assert middle[0, 0] > middle[2, 0], "red at one end"
+    assert middle[0, -1] < middle[2, -1], "blue at the other"
+    margin = pixels[:, 0] if wide else pixels[:, :, 0]
+    assert torch.allclose(margin, torch.zeros(()), atol=0.05), "the mean colour beside it"
+
+
+# The evaluation
+
+
+class Redder(Dataset):
+    """All that is known beforehand is red; what is asked is blue."""
+
+    def samples(self, part, *, limit, skipped):
+        return [self.sample(str(n), "blue") for n in range(4)]
+
+    def known_samples(self) -> Iterable[Sample]:
+        return [self.sample(f"known-{n}", "red") for n in range(4)]
+
+    def sample(self, name: str, answer: str) -> Sample:
+        said = ({"role": "user", "content": "What colour?"}, {"role": "assistant", "content": answer})
+        return Sample(name, said, answer=answer, file="x", record=1)
+
+
+def test_blind_answers_are_not_learnt_from_the_tests_answers(tmp_path, monkeypatch):
+    from acformer.evaluate.report import evaluate
+
+    monkeypatch.setitem(DATASETS, "redder", Redder())
+    scores = evaluate((tiny.model(), tiny.processor()), "redder:test", tmp_path, max_new_tokens=2, progress=False)
+    assert scores["blind_accuracy"] == 0
+    assert scores["num_questions"] == 4
+
+
+# The data set
+
+
+def test_an_item_is_encoded_by_the_stages_processor():
+    processor = tiny.processor(num_placeholders=9)
+    content = [{"type": "image"}, {"type": "text", "text": "hi"}]
+    said = ({"role": "user", "content": content}, {"role": "assistant", "content": "red"})
+    ((item,),) = [ConversationDataset([Sample("1", said, ("a.png",))], processor)[0]]
+    assert item["input_ids"].count(processor.image_token_id) == 9
