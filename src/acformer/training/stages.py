@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 
+from acformer.data.chat_format import check_template
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
 from acformer.data.datasets import load_samples
@@ -199,6 +200,7 @@ def _speaker(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcesso
         refuse_missing_modules(model, spec.learning_rates)
         if spec.template is not None:
             speaker.chat_template = resolve_template(spec.template, processor.tokenizer)
+        check_template(speaker)
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
