@@ -11,12 +11,15 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
+from acformer.data.chat_format import PRIVATE_USE, check_template
 from acformer.data.conversation import (
     IGNORE,
     check_images,
     encode_conversation,
     encode_prompt,
+    end_tokens,
 )
+from acformer.data.rendering import render
 from acformer.data.templates import TEMPLATES, resolve_template
 from acformer.errors import DataError, UsageError
 from acformer.hf.processing_acformer import AcFormerProcessor
@@ -308,25 +311,95 @@ def test_images_are_counted():
         ("{{ messages | length }}{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}", "rewrites"),
         ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "no end token"),
         (
-            "{% for m in messages %}{{ m.role + '</s>' }}{% endfor %}",
-            "writes 0 image tokens, not 2 images x 5",
+            "{% for m in messages %}{{ (m.role if m.role == 'user' else m.content) + '</s>' }}{% endfor %}",
+            "writes 0 image tokens for one image",
         ),
+        (
+            "{% for m in messages %}{{ m.content[:3] + '</s>' }}{% endfor %}",
+            "changes what the assistant says",
+        ),
+        ("{% for m in messages %}{{ m.content + '</s>' }}", "is not one: "),
+        ("{% for m in messages %}{{ m.content + ends_with }}{% endfor %}", "'ends_with' is undefined"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "TypeError: can only concatenate"),
+        ("{% macro all(x) %}{{ all(x) }}{% endmacro %}{{ all(1) }}", "RecursionError"),
         ("", "no chat template"),
     ],
 )
 def test_a_template_that_does_not_fit_is_a_usage_error(template, what):
     processor = SimpleNamespace(**vars(make_processor("sentencepiece", "plain")))
     processor.chat_template = template
+    with pytest.raises(UsageError, match=what) as caught:
+        check_template(processor)
+    assert "\n" not in str(caught.value)
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
     with pytest.raises(UsageError, match=what):
         encode_conversation(processor, [question, {"role": "assistant", "content": "b"}] * 2)
 
 
+ENDLESS = {
+    "a loop in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "what is written": "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+    "one value": "{{ 'x' * 10**10 }}",
+    "a list": "{{ ([1] * 10**10) | length }}",
+    "a power": "{{ (2**60) ** (2**60) }}",
+    "twice itself": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "joined": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "replaced": (
+        "{% set ns = namespace(x='aa') %}{% for i in range(99) %}{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}"
+    ),
+    "a block": (
+        "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set x %}{{ ns.x }}{{ ns.x }}{% endset %}"
+        "{% set ns.x = x %}{% endfor %}"
+    ),
+    "a method": "{{ 'x'.ljust(10**10) }}",
+    "a filter": "{{ 'x' | center(10**10) }}",
+    "a field of %": "{{ '%9999999999d' % 3 }}",
+    "a field of format": "{{ '{:>9999999999}'.format('a') }}",
+    "a field of the filter": "{{ '%9999999999d' | format(1) }}",
+}
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS.keys())
+def test_a_template_without_end_is_stopped(template, monkeypatch):
+    monkeypatch.setattr("acformer.data.rendering.SECONDS", 0.2)
+    processor = SimpleNamespace(**vars(make_processor("bytes", "plain")))
+    processor.chat_template = template
+    with pytest.raises(UsageError, match=r"takes longer than|makes a text of more than") as caught:
+        check_template(processor)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.sampled_from(["a", " ", "\n", "<s>"]), max_size=3).map("".join))
+def test_the_limits_change_no_text(content):
+    """Of a template that uses what they watch: loops, macros, joins, filters, calls, formats, blocks."""
+    template = (
+        "{% macro say(x) %}{{ x ~ '!' }}{% endmacro %}{% set all = namespace(n=0) %}"
+        "{% for m in messages if m.content %}{% set all.n = all.n + 1 %}{{ loop.index }}{{ loop.last }}"
+        "{% set block %}{{ m.content | trim }}{% endset %}{{ say(block) | upper }}{{ '%s' % m.role }}"
+        "{{ '{:>4}'.format(m.role) }}{{ m.content.split('a') | join('-') }}{{ [1] * 3 }}{{ 2 ** 3 }}"
+        "{% generation %}{{ m.content | tojson }}{% endgeneration %}{% if loop.index > 3 %}{% break %}{% endif %}"
+        "{% endfor %}{{ all.n }}{{ eos_token }}{{ add_generation_prompt }}{{ tools is none }}"
+    )
+    tokenizer = make_processor("bytes", "plain").tokenizer
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}] * 3
+    ours = render(tokenizer, template, chat, for_answer=True)
+    assert ours == tokenizer.apply_chat_template(
+        chat, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+
+
 def test_a_template_may_refuse_a_conversation():
     processor = SimpleNamespace(**vars(make_processor("bytes", "plain")))
-    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="roles must alternate"):
-        encode_prompt(processor, [{"role": "user", "content": "a"}])
+    processor.chat_template = CHATML.replace(
+        "{% for", "{% if messages | length > 3 %}{{ raise_exception('two turns only') }}{% endif %}{% for", 1
+    )
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert encode_conversation(processor, turn)
+    with pytest.raises(DataError, match="refuses the conversation: two turns only"):
+        encode_conversation(processor, turn * 2)
+    processor.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(UsageError, match="refuses the conversation: never"):
+        check_template(processor)
 
 
 def test_names_of_templates():
@@ -355,3 +428,177 @@ def test_a_special_token_that_normalisation_makes_is_refused():
     )
     with pytest.raises(DataError, match="reads the text '</S>' as '</s>'"):
         encode_prompt(processor, [{"role": "user", "content": "a </S>"}])
+
+
+HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
+THINKING = HEADER + "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+CHATML_START = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+FAMILIES = {
+    # family: template (between the loop over the messages and the generation prompt), eos_token, ends of the turns
+    "llama-2": (
+        "{{ ' [INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}",
+        "</s>",
+    ),
+    "llama-3": ("{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot_id|>' }}", "</s>", "<|eot_id|>"),
+    "llama-3.1": ("{{ '<|h|>' + m.role + '<|/h|>\n\n' + m.content | trim + '<|eot_id|>' }}", "<|eot_id|>"),
+    "gemma": (
+        "{{ '<|h|>' + m.role.replace('assistant', 'model') + '\n' + m.content | trim + '<end_of_turn>\n' }}",
+        "</s>",
+        "<end_of_turn>",
+    ),
+    "phi-3": ("{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}", "</s>", "<|end|>"),
+    "qwen2.5": (HEADER + "{{ m.content + '<|im_end|>\n' }}", "<|im_end|>"),
+    "qwen2.5-base": (HEADER + "{{ m.content + '<|im_end|>\n' }}", "</s>", "<|im_end|>"),
+    "qwen3": (THINKING + "{{ m.content + '<|im_end|>\n' }}", "<|im_end|>"),
+    "qwen3-thinking": (THINKING + "{{ m.content + '<|im_end|>\n' }}", "<|im_end|>"),
+    "qwen3-like": (THINKING + "{{ m.content + '<|im_end|>\n' }}", "</s>", "<|im_end|>"),
+    "mistral": ("{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}", "</s>"),
+    "deepseek": ("{{ '<|u|>' + m.content if m.role == 'user' else '<|a|>' + m.content + eos_token }}", "</s>"),
+    "command-r": ("{{ '<|h|><|' + m.role + '|>' + m.content.strip() + '<|end|>' }}", "<|end|>"),
+    "gpt-oss": (
+        "{{ '<|h|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') + '<|/h|>' + m.content }}"
+        "{{ '<|end|>' if add_generation_prompt or not loop.last else '<|return|>' }}",
+        "</s>",
+        "<|end|>",
+        "<|return|>",
+    ),
+}
+PROMPTS = {
+    "llama-3": "{{ '<|h|>assistant<|/h|>\n\n' }}",  # whether it is asked for or not
+    "llama-3.1": "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}",
+    "gemma": "{% if add_generation_prompt %}{{ '<|h|>model\n' }}{% endif %}",
+    "phi-3": "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+    "qwen2.5": CHATML_START + "{% endif %}",
+    "qwen2.5-base": CHATML_START + "{% endif %}",
+    "qwen3": CHATML_START
+    + "{% if enable_thinking is defined and not enable_thinking %}"
+    + "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+    "qwen3-thinking": CHATML_START + "{{ '<think>\n' }}{% endif %}",
+    "qwen3-like": CHATML_START + "{% endif %}",
+    "deepseek": "{% if add_generation_prompt %}{{ '<|a|>' }}{% endif %}",
+    "command-r": "{% if add_generation_prompt %}{{ '<|h|><|assistant|>' }}{% endif %}",
+    "gpt-oss": "{% if add_generation_prompt %}{{ '<|h|>assistant' }}{% endif %}",
+}
+MORE_SPECIALS = ["<|h|>", "<|/h|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|u|>", "<|a|>"]
+MORE_SPECIALS += ["<|user|>", "<|assistant|>", "<|channel|>", "[INST]", "[/INST]"]
+
+
+@cache
+def family_processor(family: str, kind: str = "bytes") -> SimpleNamespace:
+    backend = {"bytes": byte_level, "sentencepiece": sentencepiece}[kind]()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in [*SPECIALS, *MORE_SPECIALS]])
+    backend.add_tokens(["<think>", "</think>"])
+    loop, eos, *_ = FAMILIES[family]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token="<pad>")
+    tokenizer.chat_template = f"{{% for m in messages %}}{loop}{{% endfor %}}{PROMPTS.get(family, '')}"
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        image_token="<image>",
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        num_placeholders=T,
+        chat_template=resolve_template("tokenizer", tokenizer),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_learnt_as_the_end_is_what_generation_stops_at(family):
+    """In each turn of a dialogue: the words, then the end token; the prompt of the last holds all before its words."""
+    processor = family_processor(family)
+    _, eos, *ends = FAMILIES[family]
+    check_template(processor)
+    assert set(processor.tokenizer.convert_ids_to_tokens(end_tokens(processor))) == {eos, *ends}
+    question = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    encoded = encode_conversation(processor, messages)
+    first, last = spoken(processor, encoded.labels)
+    ends = ends or [eos]
+    tail = " " if family == "llama-2" else ""
+    assert (first, last) == (f"{tail}Red.{ends[0]}", f"{tail}Yes.{ends[-1]}")
+    prompt = encode_prompt(processor, messages[:-1])
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encoded.labels[len(prompt)] != IGNORE
+    alone = encode_conversation(processor, messages[:2])
+    assert spoken(processor, alone.labels) == [f"{tail}Red.{ends[-1]}"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-thinking", "qwen3-like"])
+def test_thinking_is_the_templates_to_write(family):
+    """The empty block stands in the prompt, also in the one that transformers makes of the saved template."""
+    processor = family_processor(family)
+    question = {"role": "user", "content": "What?"}
+    prompt = processor.tokenizer.decode(encode_prompt(processor, [question]))
+    assert prompt == "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert by_hand(processor, [question], True) == encode_prompt(processor, [question])
+    asked = processor.tokenizer.apply_chat_template(
+        [question],
+        chat_template=processor.chat_template,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    assert asked == prompt
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("family", ["llama-3", "gemma", "phi-3", "qwen3", "qwen3-like", "gpt-oss"])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_templates_that_treat_their_last_turn_in_another_way(family, kind, data):
+    """Each answer is learnt as the template writes it, and the last one from its prompt on."""
+    processor = family_processor(family, kind)
+    messages = data.draw(dialogues(max_turns=3))
+    encoded = encode_conversation(processor, messages)
+    prompt = encode_prompt(processor, messages[:-1])
+    assert encoded.input_ids[: len(prompt)] == prompt
+    heard = ["".join(answer.split()) for answer in spoken(processor, encoded.labels)]  # some templates trim
+    _, eos, *ends = FAMILIES[family]
+    ends = ends or [eos]
+    answers = ["".join(m["content"].split()) for m in messages if m["role"] == "assistant"]
+    assert heard == [f"{answer}{ends[0]}" for answer in answers[:-1]] + [f"{answers[-1]}{ends[-1]}"]
+
+
+def test_a_dialogue_costs_what_its_turns_cost():
+    """By counts: the chat is rendered three times, the examples aside, and tokenised once or twice."""
+    processor, tokenizer = SimpleNamespace(**vars(make_processor("bytes", "tokenizer"))), Counting()
+    tokenizer.inner = processor.tokenizer
+    processor.tokenizer = tokenizer
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\n\nb"}]
+    check_template(processor)
+    for times in (1, 50):
+        tokenizer.rendered = tokenizer.tokenised = 0
+        encode_conversation(processor, turns * times)
+        assert (tokenizer.rendered, tokenizer.tokenised) == (1 + 3, 2)
+
+
+class Counting:
+    """A tokenizer that counts how often it is asked for what renderings need, and how often it tokenises."""
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **kwargs):
+        self.tokenised += 1
+        return self.inner(*args, **kwargs)
+
+    @property
+    def special_tokens_map(self):
+        self.rendered += 1
+        return self.inner.special_tokens_map
+
+
+def test_a_text_of_all_private_use_characters():
+    """Three of them are needed; a text that leaves them is read as it is."""
+    processor = make_processor("bytes", "plain")
+    every = "".join(map(chr, PRIVATE_USE))
+    answer = {"role": "assistant", "content": "b"}
+    with pytest.raises(DataError, match="every private-use character"):
+        encode_conversation(processor, [{"role": "user", "content": every}, answer])
+    assert encode_conversation(processor, [{"role": "user", "content": every[3:]}, answer])

@@ -2,8 +2,8 @@
 
 A conversation is `[{"role": "system"|"user"|"assistant", "content": str | parts}]`, where a part is
 `{"type": "image"}` or `{"type": "text", "text": ...}`. The chat is rendered and tokenised once. Labels follow
-from character spans, found by asking the template: what it writes before a turn of the assistant (with the
-generation prompt) is the prompt, what it writes from there to the end token is what the model must say.
+from character spans: what the template writes from the generation prompt to the end token (see `chat_format`) is what
+the model must say.
 
 Text that spells a special token is text. One private-use character that the chat does not hold (the gap) goes
 behind the first letter of every such spelling before rendering, and the gap's tokens are dropped after
@@ -12,23 +12,28 @@ and answer apart where a tokenizer would merge across (a newline on both sides),
 are a prefix of the ids of the conversation.
 """
 
-import re
-from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
-from acformer.data.templates import FLATTEN, TEMPLATES
+from acformer.data.chat_format import (
+    IMAGE_TAG,
+    PRIVATE_USE,
+    ChatFormat,
+    check_prompt,
+    locate_answers,
+    processor_format,
+)
+from acformer.data.rendering import Chat, described, render
 from acformer.errors import DataError, UsageError
 
 IGNORE = -100  # the label that the loss skips
-IMAGE_TAG = "<image>"
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
+Token = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,11 @@ def encode_conversation(
     """The ids of a whole conversation, with only the assistant's words and end tokens as labels.
 
     Each image becomes `num_placeholders` (default: the processor's) ids of `processor.image_token_id`.
-    Decoding the labels gives what the template makes of the assistant's text, and the end token
-    (`tokenizer.eos_token`, else the first special token that the template writes after the text).
+    Decoding the labels gives what the template makes of the assistant's text, and the end token (the first special
+    token that the template writes after the text).
 
     Errors: `DataError` for malformed messages, when `max_length` would cut off an image token, or when
-    nothing supervised is left; `UsageError` when the template does not fit (no prefix property, no end token,
-    images left out).
+    nothing supervised is left; `UsageError` when the template does not fit (see `check_template`).
     """
     input_ids, labels, num_images = _encode(processor, messages, num_placeholders, for_answer=False)
     if max_length is not None and processor.image_token_id in input_ids[max_length:]:
@@ -107,104 +111,77 @@ def encode_prompt(processor: Any, messages: Sequence[Message], *, num_placeholde
     return input_ids
 
 
+def end_tokens(processor: Any) -> list[int]:
+    """The ids at which generation must stop: the tokenizer's end token, and all with which the template ends a turn."""
+    own = processor.tokenizer.eos_token_id
+    return sorted({*processor_format(processor).ends, *([] if own is None else [own])})
+
+
 def _encode(
     processor: Any, messages: Sequence[Message], num_placeholders: int | None, *, for_answer: bool
 ) -> tuple[list[int], list[int], int]:
     per_image = processor.num_placeholders if num_placeholders is None else num_placeholders
-    control = _control_tokens(processor)
-    chat, gap, num_images = _flatten(messages, control.values())
-    text = _render(processor, chat, for_answer)
-    spans = _spoken_spans(processor, chat, text, control.values())
-    tokens = _tokenise(processor.tokenizer, text, control)
+    known = processor_format(processor)
+    chat, marks, num_images = _chat_of(messages, known)
+    text, spans = _supervised_spans(processor, known, chat, marks[1:], for_answer)
+    tokens = _tokenise(processor.tokenizer, text, known.control)
     begins = {begin for _, begin, _ in tokens}
     if crossed := [start for start, _ in spans if start not in begins]:
-        text, spans = _with_gaps(text, spans, crossed, gap)
-        tokens = _tokenise(processor.tokenizer, text, control)
+        text, spans = _with_gaps(text, spans, crossed, marks[0])
+        tokens = _tokenise(processor.tokenizer, text, known.control)
+    tokens = _as_prompts(processor.tokenizer, text, [start for start, _ in spans], tokens, known.control)
     edges = list(chain.from_iterable(spans))
     input_ids: list[int] = []
     labels: list[int] = []
     for index, begin, end in tokens:
-        if text[begin:end] != gap:
+        if text[begin:end] != marks[0]:
             is_image = index == processor.image_token_id
-            spoken = bisect_right(edges, begin) % 2 == 1 and not is_image
+            is_supervised = bisect_right(edges, begin) % 2 == 1 and not is_image
             input_ids += [index] * (per_image if is_image else 1)
-            labels += [index if spoken else IGNORE] * (per_image if is_image else 1)
+            labels += [index if is_supervised else IGNORE] * (per_image if is_image else 1)
     if (written := input_ids.count(processor.image_token_id)) != num_images * per_image:
-        name = _template_name(processor)
+        name = described(processor.chat_template)
         raise UsageError(f"{name} writes {written} image tokens, not {num_images} images x {per_image}")
     return input_ids, labels, num_images
 
 
-def _control_tokens(processor: Any) -> dict[int, str]:
-    """What text must not become: special tokens, and added ones that the template writes (`<think>`)."""
-    if not processor.chat_template:
-        raise UsageError("the processor has no chat template; give it one of resolve_template's")
-    return {
-        index: token.content
-        for index, token in processor.tokenizer.added_tokens_decoder.items()
-        if token.special or (token.content in processor.chat_template and not token.content.isspace())
-    }
-
-
-def _flatten(messages: Sequence[Message], control: Iterable[str]) -> tuple[list[dict[str, Any]], str, int]:
-    """The messages with string contents and spelt control tokens broken; the gap; the number of images."""
+def _chat_of(messages: Sequence[Message], known: ChatFormat) -> tuple[Chat, str, int]:
+    """The messages with string contents and spelt control tokens broken; gap and marks; the number of images."""
     contents = [split_at_images(message) for message in messages]
     if not messages or messages[0]["role"] == "assistant":
         raise DataError("a conversation starts with a message of the user or system")
-    everything = "".join(chain.from_iterable(contents))
-    try:
-        everything.encode()
-    except UnicodeEncodeError:
-        raise DataError("the text holds a lone surrogate, which is not a character") from None
-    gap = next(char for char in map(chr, range(0x10FFFD, 0x100000, -1)) if char not in everything)
-    spellings = "|".join(re.escape(token) for token in control if len(token) > 1)
-    spelt = re.compile(f"(?={spellings})(.)", re.DOTALL)
-    broken = [f"{IMAGE_TAG}\n".join(spelt.sub(rf"\1{gap}", text) for text in texts) for texts in contents]
+    everything = set(chain.from_iterable(chain.from_iterable(contents)))
+    if any("\ud800" <= char <= "\udfff" for char in everything):
+        raise DataError("the text holds a lone surrogate, which is not a character")
+    marks = "".join(islice((char for char in map(chr, PRIVATE_USE) if char not in everything), 3))
+    if len(marks) < 3:
+        raise DataError("the text holds every private-use character, of which three are needed to keep its parts apart")
+    broken = [f"{IMAGE_TAG}\n".join(known.spelt.sub(rf"\1{marks[0]}", text) for text in texts) for texts in contents]
     chat = [{"role": m["role"], "content": text} for m, text in zip(messages, broken, strict=True)]
-    return chat, gap, sum(len(texts) - 1 for texts in contents)
+    return chat, marks, sum(len(texts) - 1 for texts in contents)
 
 
-def _render(processor: Any, chat: list[dict], for_answer: bool) -> str:
-    try:
-        return processor.tokenizer.apply_chat_template(
-            chat, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=for_answer
-        )
-    except TemplateError as error:
-        raise DataError(f"{_template_name(processor)} refuses the conversation: {error}") from error
-
-
-def _template_name(processor: Any) -> str:
-    """For error messages: the template's name, or the first words of one that has none."""
-    names = [name for name, text in TEMPLATES.items() if text == processor.chat_template]
-    own = processor.chat_template.removeprefix(FLATTEN).strip()[:60]
-    return f"the chat template {names[0] if names else own!r}"
-
-
-def _spoken_spans(processor: Any, chat: list[dict], text: str, control: Iterable[str]) -> list[Span]:
-    """Where in `text` the assistant's words stand, each span with its end token."""
+def _supervised_spans(
+    processor: Any, known: ChatFormat, chat: Chat, marks: str, for_answer: bool
+) -> tuple[str, list[Span]]:
+    """The rendered chat, and where in it the assistant's words stand, each span with its lead and end token."""
+    tokenizer, template = processor.tokenizer, processor.chat_template
+    text, words = locate_answers(tokenizer, template, chat, marks, for_answer=for_answer)
     spans = []
-    for index, message in enumerate(chat):
-        if message["role"] == "assistant":
-            head = _render(processor, chat[:index], True)
-            turn = _render(processor, chat[: index + 1], False)
-            turn = turn[: _end_of_turn(processor, turn, len(head), control)]
-            if not (turn.startswith(head) and text.startswith(turn)):
-                why = "rewrites what it wrote once the next turn is there, so that no label is safe"
-                raise UsageError(f"{_template_name(processor)} {why}; valid: {', '.join(TEMPLATES)}")
-            spans.append((len(head), len(turn)))
-    return spans
+    for start, stop, following in words:
+        end = known.ending.search(text, stop, following)
+        if end is None:
+            raise UsageError(f"{described(template)} writes no end token behind a turn, so the model would never stop")
+        led = text.endswith(known.lead, 0, start)  # a template may write it before its last turn alone
+        spans.append((start - len(known.lead) if led else start, end.end()))
+    if spans and not for_answer:
+        last = max(index for index, message in enumerate(chat) if message["role"] == "assistant")
+        prompt = render(tokenizer, template, chat[:last], for_answer=True)
+        check_prompt(template, prompt, text, words[-1].start)
+    return text, spans
 
 
-def _end_of_turn(processor: Any, turn: str, start: int, control: Iterable[str]) -> int:
-    """The position behind the end token: the tokenizer's, else the first control token after `start`."""
-    for ends in [processor.tokenizer.eos_token], [token for token in control if token != IMAGE_TAG]:
-        end = re.compile("|".join(re.escape(token) for token in ends if token) or "(?!)")
-        if found := end.search(turn, start):
-            return found.end()
-    raise UsageError(f"{_template_name(processor)} writes no end token, so the model would never stop")
-
-
-def _tokenise(tokenizer: Any, text: str, control: dict[int, str]) -> list[tuple[int, int, int]]:
+def _tokenise(tokenizer: Any, text: str, control: Mapping[int, str]) -> list[Token]:
     """(id, start, end) of each token, with the spaces that byte-level tokenizers trim off the offsets."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
@@ -215,8 +192,29 @@ def _tokenise(tokenizer: Any, text: str, control: dict[int, str]) -> list[tuple[
     return list(zip(ids, begins, (end for _, end in offsets), strict=True))
 
 
+def _as_prompts(
+    tokenizer: Any, text: str, starts: list[int], tokens: list[Token], control: Mapping[int, str]
+) -> list[Token]:
+    """The tokens before each start as they are where the text ends there.
+
+    White space is split in another way before a word than at the end of a text (GPT-2's `\\s+(?!\\S)`), so the end of
+    such a prompt is tokenised alone, from its last control token on.
+    """
+    begins = [begin for _, begin, _ in tokens]
+    kept, done = [], 0
+    for start in starts:
+        if text[max(start - 2, 0) : start].isspace():
+            place = bisect_left(begins, start)
+            first = next((i for i in range(place - 1, done - 1, -1) if tokens[i][0] in control), done)
+            at = begins[first] if first < place else start
+            alone = _tokenise(tokenizer, text[at:start], control)
+            kept += tokens[done:first] + [(index, at + begin, at + end) for index, begin, end in alone]
+            done = place
+    return kept + tokens[done:]
+
+
 def _with_gaps(text: str, spans: list[Span], crossed: list[int], gap: str) -> tuple[str, list[Span]]:
-    """`text` with the gap at each of the `crossed` positions, and the spans moved along."""
+    """`text` with the gap at each of the `crossed` positions (in order), and the spans moved along."""
     pieces = [text[a:b] for a, b in pairwise([0, *crossed, len(text)])]
-    moved = [(a + sum(at < a for at in crossed), b + sum(at < b for at in crossed)) for a, b in spans]
+    moved = [(a + bisect_left(crossed, a), b + bisect_left(crossed, b)) for a, b in spans]
     return gap.join(pieces), moved

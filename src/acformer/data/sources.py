@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from acformer.data.conversation import IMAGE_TAG, check_images, split_at_images
+from acformer.data.chat_format import IMAGE_TAG
+from acformer.data.conversation import check_images, split_at_images
 from acformer.data.samples import Sample
 from acformer.data.skip_log import FsPath, SkipLog
 from acformer.errors import DataError

@@ -2,25 +2,9 @@
 
 from typing import Any
 
+from acformer.data.chat_format import chat_format
+from acformer.data.rendering import FLATTEN
 from acformer.errors import UsageError, unknown_name
-
-# Every template first turns content lists into strings: one saved template serves this module, which passes
-# strings, and transformers' own `apply_chat_template` and pipeline, which pass lists.
-FLATTEN = r"""
-{%- set flat = namespace(messages=[], text='') -%}
-{%- for message in messages -%}
-    {%- if message['content'] is string or message['content'] is undefined -%}
-        {%- set flat.messages = flat.messages + [message] -%}
-    {%- else -%}
-        {%- set flat.text = '' -%}
-        {%- for part in message['content'] -%}
-            {%- set flat.text = flat.text + ('<image>\n' if part['type'] == 'image' else part['text']) -%}
-        {%- endfor -%}
-        {%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages -%}
-"""
 
 _VICUNA_V1 = """
 {{- bos_token or '' -}}
@@ -78,11 +62,19 @@ TEMPLATES: dict[str, str] = {
 """
 
 
+NO_THINKING = "{%- set enable_thinking = false -%}\n"
+"""What switches thinking off in templates that ask: an empty block then stands in the generation prompt."""
+
+
 def resolve_template(name: str, tokenizer: Any) -> str:
     """The jinja text of template `name`, to be saved as the processor's `chat_template`.
 
-    `name` is a key of `TEMPLATES`, or `tokenizer` for the tokenizer's own template, which then takes content
-    lists with images too. Errors: `UsageError` for an unknown name or a tokenizer without a template.
+    `name` is a key of `TEMPLATES`, or `tokenizer` for the tokenizer's own template, which then takes content lists
+    with images too, does not think, and has all that it writes before an answer in its generation prompt: what a
+    template puts in front of the words (Qwen3's empty thinking block) is not the model's to say.
+
+    Raises:
+        UsageError: an unknown name, a tokenizer without a template, or one whose template does not fit.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
@@ -92,4 +84,8 @@ def resolve_template(name: str, tokenizer: Any) -> str:
         own = tokenizer.get_chat_template()
     except ValueError:
         raise UsageError(f"the tokenizer has no chat template; valid: {', '.join(TEMPLATES)}") from None
-    return own if own.startswith(FLATTEN) else FLATTEN + own
+    if own.startswith(FLATTEN):
+        return own  # of a model that was saved with it
+    own = FLATTEN + (NO_THINKING if "enable_thinking" in own else "") + own
+    lead = chat_format(tokenizer, own).lead
+    return own + f"{{%- if add_generation_prompt -%}}{{{{- {lead!r} -}}}}{{%- endif -%}}" if lead.strip() else own

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from acformer.data.collate import stack_features
-from acformer.data.conversation import Message, encode_prompt
+from acformer.data.conversation import Message, encode_prompt, end_tokens
 from acformer.data.samples import Sample
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.visual_token_cache import Features, VisualTokenCache
@@ -123,33 +123,40 @@ def ask(
 
 
 class AnswerStreamer(TextStreamer):
-    """Prints an answer as it is made, without the space that some templates put before it."""
+    """Prints an answer as it is made: what `decode` will give of it."""
 
     def __init__(self, processor: AcFormerProcessor):
         super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.has_begun = False
+        self.text = ""
+        self.num_printed = 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print what is new."""
-        text = text if self.has_begun else text.lstrip()
-        self.has_begun = self.has_begun or bool(text)
-        super().on_finalized_text(text, stream_end)
+        self.text += text
+        answer = without_thinking(self.text).lstrip()
+        super().on_finalized_text(answer[self.num_printed :], stream_end)
+        self.num_printed = len(answer)
 
 
 def generation_options(processor: AcFormerProcessor, max_new_tokens: int) -> dict[str, Any]:
-    """Greedy decoding that ends at the end token of the template."""
-    tokenizer = processor.tokenizer
+    """Greedy decoding that ends at any token with which the template ends a turn."""
     return {
         "do_sample": False,
         "max_new_tokens": max_new_tokens,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": end_tokens(processor),
+        "pad_token_id": processor.tokenizer.pad_token_id,
     }
 
 
 def decode(processor: AcFormerProcessor, ids: Tensor) -> list[str]:
-    """Answers as text, without special tokens and the space that some templates put before them."""
-    return [text.strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    """Answers as text, without special tokens, thinking, and the space that some templates put before them."""
+    return [without_thinking(text).strip() for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def without_thinking(text: str) -> str:
+    """What is said behind `<think>...</think>`; nothing while the block is open."""
+    _, closed, answer = text.rpartition("</think>")
+    return "" if not closed and text.lstrip().startswith("<think>") else answer
 
 
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from acformer.data.conversation import end_tokens
 from acformer.data.templates import resolve_template
 from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.fetch.embedded import resolve
@@ -61,9 +62,8 @@ def build_model(
         feature_layer: index into the encoder's `hidden_states` (Sec. 3.1: -2).
         image_size: pixels a side that the encoder is fed; default its own.
         template: chat template: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
-        tokenizer_vocab: size of a new language model's byte-level BPE.
+        tokenizer_vocab, texts: size of a new language model's byte-level BPE, and what it is trained on.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
-        texts: what a new tokenizer is trained on; read only when `text` configures a new language model.
 
     Raises:
         CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
@@ -95,7 +95,16 @@ def build_model(
         num_placeholders=config.num_placeholders,
         fusion=config.fusion,
     )
+    _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
     return model, processor
+
+
+def _set_end_tokens(
+    model: AcFormerForConditionalGeneration, own: int | list[int] | None, processor: AcFormerProcessor
+) -> None:
+    """Generation stops at every token that may end a turn: the language model's own, and the template's."""
+    ends = {*end_tokens(processor), *(own if isinstance(own, list) else [own])} - {None}
+    model.generation_config.update(eos_token_id=sorted(ends), pad_token_id=processor.tokenizer.pad_token_id)
 
 
 def assemble(

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from acformer.data.chat_format import check_template
 from acformer.data.collate import Collator, ConversationDataset, grouped
 from acformer.data.conversation import split_at_images
 from acformer.data.datasets import load_samples
@@ -189,6 +190,7 @@ def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormer
         check_modules(model, spec.learning_rates)
         if spec.template is not None:
             own.chat_template = resolve_template(spec.template, processor.tokenizer)
+        check_template(own)
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
