@@ -21,11 +21,11 @@ from acformer.connectors.blocks import CrossAttention
 from acformer.errors import UsageError
 from acformer.evaluate.generate import ask
 from acformer.hf.build import square_image_processor
-from acformer.lab.figures.layers import LayerReader, Layers, draw_contact_sheet, draw_layers, ten_depths
-from acformer.lab.figures.panels import within_picture
+from acformer.lab.figures.answer_attention import AnswerAttention, attend_to_answer, middle
+from acformer.lab.figures.layers import EncoderLayers, LayerExtractor, draw_contact_sheet, draw_layers, ten_depths
+from acformer.lab.figures.panels import within_image
 from acformer.lab.figures.pca import pca_colours
-from acformer.lab.figures.reading import Reading, middle, read_answer
-from acformer.lab.figures.reading_figure import draw_reading
+from acformer.lab.figures.plot_attention import plot_attention
 from acformer.lab.figures.sheet import save
 from acformer.viz import Anchors
 from acformer.viz.sources import attention_weights, token_sources
@@ -78,7 +78,7 @@ def test_the_few_that_stand_out_are_bright():
 
 def test_padding_takes_no_part_in_the_scale():
     features = random(2, 36, 6)
-    within = within_picture((60, 40), (6, 6))
+    within = within_image((60, 40), (6, 6))
     assert within.reshape(6, 6).any(1).tolist() == [False, True, True, True, True, False]
     padded = features.clone()
     padded[:, ~within] = 50.0
@@ -132,7 +132,7 @@ def folder(tmp_path_factory):
 def test_layers_are_what_the_encoder_computes(folder):
     image = tiny.picture(size=(60, 40))
     processor = square_image_processor(folder, 48)
-    layers = LayerReader(folder, 48)(image, "noise", 5)
+    layers = LayerExtractor(folder, 48)(image, "noise", 5)
     tower = CLIPVisionModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         output = tower(
@@ -141,31 +141,31 @@ def test_layers_are_what_the_encoder_computes(folder):
     assert layers.depths == (0, 1, 2, 3)
     assert (layers.feature_layer, layers.num_blocks) == (2, 3)
     expected = torch.stack([state[0, 1:] for state in output.hidden_states])
-    colours = pca_colours(expected, within_picture((60, 40), (6, 6)))
+    colours = pca_colours(expected, within_image((60, 40), (6, 6)))
     assert (layers.colours.int() - colours.int()).abs().max() <= 2  # eager and sdpa differ by 1e-6, rounded to 0..255
     torch.testing.assert_close(layers.last, output.attentions[2][0, :, 0, 1:])
     torch.testing.assert_close(layers.anchors.scores, output.attentions[1][0, :, 0, 1:])
     assert list(layers.anchors.indices) == select_anchors(output.attentions[1][:, :, 0, 1:], 5)[0].tolist()
-    assert len(LayerReader(folder, 48)(image, "noise").anchors.indices) == 36 // 9
+    assert len(LayerExtractor(folder, 48)(image, "noise").anchors.indices) == 36 // 9
 
 
 def test_a_square_of_less_than_a_patch_is_refused(folder):
     with pytest.raises(UsageError, match="not a whole number of patches"):
-        LayerReader(folder, 7)
+        LayerExtractor(folder, 7)
 
 
-def made(num_heads, size, name="picture.png", num_blocks=24):
+def made(num_heads, size, name="image.png", num_blocks=24):
     scores = random(num_heads, 576, seed=num_heads).softmax(-1).float()
     anchors = Anchors(tuple(select_anchors(scores[None], 64)[0].tolist()), (24, 24), scores)
     depths = ten_depths(num_blocks)
     colours = torch.arange(len(depths) * 576 * 3).reshape(len(depths), 576, 3).remainder(256).to(torch.uint8)
-    return Layers(name, tiny.picture(size=size), anchors, scores, depths, colours, num_blocks - 1, num_blocks)
+    return EncoderLayers(name, tiny.picture(size=size), anchors, scores, depths, colours, num_blocks - 1, num_blocks)
 
 
 def assert_nothing_collides(figure):
     """Panels and words lie inside the figure and apart from each other."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in figure.texts]
+    boxes = [text.get_window_extent(renderer) for text in (*figure.texts, *(axes.title for axes in figure.axes))]
     boxes += [axes.get_window_extent(renderer) for axes in figure.axes]
     for box in boxes:
         assert box.x0 >= 0
@@ -182,7 +182,7 @@ LONG = "a name of a photograph that is much longer than its panel is wide, as ca
 
 
 @pytest.mark.parametrize(("num_heads", "size"), [(3, (30, 60)), (6, (64, 48)), (12, (300, 20)), (16, (64, 48))])
-def test_figures_have_room_for_any_encoder_and_picture(num_heads, size):
+def test_figures_have_room_for_any_encoder_and_image(num_heads, size):
     layers = made(num_heads, size, LONG, num_blocks=24 if num_heads == 16 else 12)
     assert_nothing_collides(draw_layers(layers))
     assert_nothing_collides(draw_contact_sheet([layers, made(num_heads, (48, 48), num_blocks=2)]))
@@ -192,9 +192,9 @@ def test_panels_show_what_they_say():
     layers = made(6, (64, 48))
     figure = draw_layers(layers)
     assert len(figure.axes) == 2 + 10 + 6 + 6
-    labels = [text.get_text() for text in figure.texts]
+    labels = [axes.get_title() for axes in figure.axes]
     assert labels.count("head 6") == 2
-    assert {"picture", "64 anchors", "embedding", "layer 21", "layer 24"} <= set(labels)
+    assert {"image", "64 anchors", "embedding", "layer 21", "layer 24"} <= set(labels)
     (embedding,) = figure.axes[2].images
     assert np.array_equal(embedding.get_array(), layers.colours[0].reshape(24, 24, 3))
     (head,) = figure.axes[12].images
@@ -216,11 +216,11 @@ def test_files_are_the_same_every_time_and_small(tmp_path):
         assert first.read_bytes() == second.read_bytes()
         assert first.stat().st_size < 2_000_000
     assert ElementTree.parse(files[0][1]).getroot().tag.endswith("svg")
-    with Image.open(files[0][0]) as picture:
-        assert picture.width == 1600
+    with Image.open(files[0][0]) as image:
+        assert image.width == 1600
 
 
-def test_a_sheet_of_more_pictures_shows_smaller_ones():
+def test_a_sheet_of_more_images_shows_smaller_ones():
     """Or its SVG would grow to many megabytes."""
     layers = made(3, (480, 300))
     alone, four = (draw_contact_sheet([layers] * number).axes[0].images[0].get_array().shape for number in (1, 4))
@@ -282,7 +282,7 @@ def test_a_convolution_is_refused():
         token_sources(model.model.connector, model.get_vision_features(torch.randn(1, 3, 16, 16)))
 
 
-# --- reading
+# --- the attention of an answer
 
 
 @pytest.fixture
@@ -291,31 +291,33 @@ def photo(tmp_path):
     return path
 
 
-def read(name, photo, **kwargs):
+def attend(name, photo, **kwargs):
     model = tiny.model(name)
-    return read_answer(model, tiny.processor(model.config.num_placeholders), photo, QUESTION, num_anchors=4, **kwargs)
+    return attend_to_answer(
+        model, tiny.processor(model.config.num_placeholders), photo, QUESTION, num_anchors=4, **kwargs
+    )
 
 
 @pytest.mark.parametrize("name", [*DIRECT, *STACKS])
 def test_what_is_read_is_all_of_the_image(name, photo):
-    reading = read(name, photo)
-    assert reading.maps.shape == (2, 16)
-    assert (reading.maps >= 0).all()
-    assert (reading.maps.sum(1) <= 1 + 1e-6).all()
-    assert ((reading.image_share > 0) & (reading.image_share < 1)).all()
+    found = attend(name, photo)
+    assert found.maps.shape == (2, 16)
+    assert (found.maps >= 0).all()
+    assert (found.maps.sum(1) <= 1 + 1e-6).all()
+    assert ((found.image_share > 0) & (found.image_share < 1)).all()
     if name in ("mlp", "linear"):  # no [CLS] among their tokens
-        torch.testing.assert_close(reading.maps.sum(1), torch.ones(2))
-        torch.testing.assert_close(reading.alike, torch.full((16,), 1 / 16))
-    json.dumps(reading.record())
+        torch.testing.assert_close(found.maps.sum(1), torch.ones(2))
+        torch.testing.assert_close(found.uniform, torch.full((16,), 1 / 16))
+    json.dumps(found.record())
 
 
 def test_the_map_is_the_attention_of_the_answers_words(photo):
     """With `mlp`, where visual token n is patch n: recomputed from a pass of the whole model over prompt and answer."""
     model, processor = tiny.model("mlp"), tiny.processor(16)
     kernel = model.model.language_model.config._attn_implementation
-    reading = read_answer(model, processor, photo, QUESTION, max_new_tokens=6)
+    found = attend_to_answer(model, processor, photo, QUESTION, max_new_tokens=6)
     assert model.model.language_model.config._attn_implementation == kernel
-    assert reading.answer == ask(model, processor, photo, QUESTION, max_new_tokens=6)
+    assert found.answer == ask(model, processor, photo, QUESTION, max_new_tokens=6)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(Image.open(photo), prompt, return_tensors="pt", add_special_tokens=False)
@@ -326,24 +328,24 @@ def test_the_map_is_the_attention_of_the_answers_words(photo):
         output = model(input_ids=answer, pixel_values=inputs["pixel_values"], output_attentions=True)
     places = (answer[0] == model.config.image_token_id).nonzero()[:, 0]
     words = range(length - 1, answer.shape[1] - 1)
-    for layer, found, share in zip(output.attentions, reading.maps, reading.image_share, strict=True):
+    for layer, shares, share in zip(output.attentions, found.maps, found.image_share, strict=True):
         rows = layer[0].mean(0)[list(words)][:, places].mean(0)
         torch.testing.assert_close(share, rows.sum())
-        torch.testing.assert_close(found, rows / rows.sum())
+        torch.testing.assert_close(shares, rows / rows.sum())
 
 
 def test_another_number_of_tokens(photo):
-    assert read("acformer", photo, num_visual_tokens=3).num_tokens == 3
-    assert read("acformer", photo).num_tokens == 5
+    assert attend("acformer", photo, num_visual_tokens=3).num_tokens == 3
+    assert attend("acformer", photo).num_tokens == 5
 
 
 def test_overlap_by_hand():
     anchors = Anchors((0, 3), (2, 2), torch.ones(1, 4))
     maps = torch.tensor([[0.2, 0.1, 0.1, 0.4], [0.4, 0.3, 0.1, 0.0]])
     alike = torch.tensor([0.25, 0.0, 0.5, 0.25])
-    reading = Reading("q", "a", tiny.picture(), anchors, 3, (2, 3), 4, maps, torch.ones(2), alike)
-    assert reading.overlap() == pytest.approx({"on_anchors": 0.5 / 0.8, "alike": 0.5, "chance": 0.5, "most_read": 0.5})
-    assert reading.record()["prefix_share"] == pytest.approx(0.2)
+    found = AnswerAttention("q", "a", tiny.picture(), anchors, 3, (2, 3), 4, maps, torch.ones(2), alike)
+    assert found.overlap() == pytest.approx({"on_anchors": 0.5 / 0.8, "alike": 0.5, "chance": 0.5, "most_read": 0.5})
+    assert found.record()["prefix_share"] == pytest.approx(0.2)
 
 
 def test_middle_third():
@@ -351,22 +353,22 @@ def test_middle_third():
     assert [list(middle(n)) for n in (1, 2, 3)] == [[0], [0, 1], [1]]
 
 
-def test_readings_that_cannot_be(photo):
+def test_answers_that_cannot_be_shown(photo):
     gated = tiny.model(fusion="gated_cross_attention")
     with pytest.raises(UsageError, match="fusion concat alone"):
-        read_answer(gated, tiny.processor(1, fusion="gated_cross_attention"), photo, QUESTION)
+        attend_to_answer(gated, tiny.processor(1, fusion="gated_cross_attention"), photo, QUESTION)
     silent, processor = tiny.model(), tiny.processor()
     with torch.no_grad():
         silent.lm_head.weight.zero_()  # all logits alike: the first token, <pad>, wins
     with pytest.raises(UsageError, match="without a word"):
-        read_answer(silent, processor, photo, QUESTION)
+        attend_to_answer(silent, processor, photo, QUESTION)
 
 
 @pytest.mark.parametrize("num_layers", [1, 11, 13])
-def test_reading_figure_has_room(num_layers):
+def test_the_figure_of_an_answer_has_room(num_layers):
     anchors = Anchors((0, 3), (2, 2), torch.ones(1, 4))
     maps = torch.tensor([[0.2, 0.1, 0.1, 0.4]]).expand(num_layers, 4)
-    reading = Reading(
+    found = AnswerAttention(
         LONG,
         LONG,
         tiny.picture(),
@@ -378,11 +380,11 @@ def test_reading_figure_has_room(num_layers):
         torch.ones(num_layers),
         maps[0],
     )
-    figure = draw_reading(reading)
+    figure = plot_attention(found)
     assert_nothing_collides(figure)
     assert len(figure.axes) == 4 + num_layers
     (shown,) = figure.axes[2].images
-    assert np.allclose(np.asarray(shown.get_array()) ** 2, reading.read.reshape(2, 2))
+    assert np.allclose(np.asarray(shown.get_array()) ** 2, found.mean_map.reshape(2, 2))
 
 
 # --- the command
@@ -398,17 +400,17 @@ def test_figures_of_an_encoder(folder, photo, tmp_path):
     (tmp_path / "other").mkdir()
     tiny.picture(seed=1).save(other := tmp_path / "other/photo.jpg")
     before = photo.read_bytes()
-    said = command(photo, other, "--vision", folder, "--image-size", 48, "--num-anchors", 5, "--out", tmp_path)
+    printed = command(photo, other, "--vision", folder, "--image-size", 48, "--num-anchors", 5, "--out", tmp_path)
     names = [
         f"{stem}.{kind}" for stem in ("photo-layers", "photo-2-layers", "contact-sheet") for kind in ("png", "svg")
     ]
-    assert said.splitlines() == [str(tmp_path / name) for name in (*names, "layers.json")]
+    assert printed.splitlines() == [str(tmp_path / name) for name in (*names, "layers.json")]
     assert all((tmp_path / name).stat().st_size for name in names)
     assert photo.read_bytes() == before
     record = json.loads((tmp_path / "layers.json").read_text())
     assert record["vision"] == folder
     assert {"machine", "torch", "commit"} <= record.keys()
-    assert [len(picture["anchors"]) for picture in record["pictures"]] == [5, 5]
+    assert [len(image["anchors"]) for image in record["pictures"]] == [5, 5]
     assert sorted(chain(*record["pictures"][0]["anchors_by_head"])) == record["pictures"][0]["anchors"]
 
 
@@ -416,12 +418,12 @@ def test_figure_of_an_answer(photo, tmp_path):
     model, folder = tiny.model(), tmp_path / "model"
     model.save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
-    said = command(photo, "--model", folder, "--question", QUESTION, "--out", tmp_path / "out", "--num-anchors", 4)
+    printed = command(photo, "--model", folder, "--question", QUESTION, "--out", tmp_path / "out", "--num-anchors", 4)
     record = json.loads((tmp_path / "out/photo-reading.json").read_text())
     assert record["overlap"]["chance"] == 4 / 16
     assert record["connector"] == "acformer"
-    assert record["answer"] in said
-    assert f"on_anchors {100 * record['overlap']['on_anchors']:.1f} %" in said
+    assert record["answer"] in printed
+    assert f"on_anchors {100 * record['overlap']['on_anchors']:.1f} %" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"photo-reading.{k}" for k in ("png", "svg", "json")
     }
@@ -434,7 +436,7 @@ def test_figure_of_an_answer(photo, tmp_path):
         (["--question", "q"], "go together"),
         (["--model", "m", "--question", "q", "--vision", "v"], "--vision belongs"),
         (["--model", "m", "--question", "q", "--feature-layer", "-1"], "--feature-layer belongs"),
-        (["again.png"] * 40, "holds 32 pictures"),
+        (["again.png"] * 40, "holds 32 images"),
     ],
 )
 def test_wrong_arguments_are_told(photo, tmp_path, monkeypatch, words, message):

@@ -15,7 +15,7 @@ NOTEBOOK = Path(__file__).parents[1] / "examples/anchors.ipynb"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache in which a random encoder and a picture of noise lie where `acformer fetch` puts the real ones."""
+    """A cache in which a random encoder and an image of noise lie where `acformer fetch` puts the real ones."""
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
     monkeypatch.setenv("MPLBACKEND", "Agg")
     folders = {name: tmp_path / name for name in ("dinov2-s14", "photographs")}
@@ -56,11 +56,11 @@ def test_git_keeps_no_outputs():
 @pytest.mark.extras
 @pytest.mark.filterwarnings("default")  # of the kernel's libraries
 def test_a_kernel_shows_its_figures(cache):
-    """Three cells end in a figure, and Jupyter gets a picture of each although pyplot is never imported."""
+    """Three cells end in a figure, and Jupyter gets an image of each although pyplot is never imported."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
+    images = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(images) == 3
     assert not [output for output in outputs if output.output_type == "error"]

@@ -19,11 +19,11 @@ from acformer.cli import main
 from acformer.errors import DataError, UsageError
 from acformer.hf.build import square_image_processor
 from acformer.images import load_image
-from acformer.lab.stats.measure import chance_levels, grid_distance, measure, see
+from acformer.lab.stats.measure import chance_levels, encode_views, grid_distance, measure
 from acformer.lab.stats.overlap import ACTIVATIONS, MAIN, SALIENCES, SHARES, activation_scores, overlap_name, overlaps
-from acformer.lab.stats.rows import find_pictures, group, make_rows
-from acformer.lab.stats.run import Run, run_stats
-from acformer.lab.stats.stability import VIEWS, agreement, neighbour_distance, stability
+from acformer.lab.stats.rows import find_images, group_of, make_rows
+from acformer.lab.stats.run import StatsConfig, run_stats
+from acformer.lab.stats.stability import VIEWS, neighbour_distance, set_agreement, stability
 from acformer.lab.stats.summary import read_summary, summarise
 from acformer.vision.encoder import load_vision_encoder
 from acformer.vision.features import VisionFeatures
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Three pictures in one subfolder, two beside it."""
+    """Three images in one subfolder, two beside it."""
     random = np.random.default_rng(0)
     for name in ("crops/0.png", "crops/1.png", "crops/2.png", "a.png", "b.jpg"):
         path = tmp_path / "images" / name
@@ -61,7 +61,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def plan(folder, images):
-    return Run(folder, images, num_anchors=8, image_size=84)
+    return StatsConfig(folder, images, num_anchors=8, image_size=84)
 
 
 # Overlap
@@ -99,7 +99,7 @@ def test_pca_sees_three_dimensions_and_deviation_all():
 
 
 def test_random_features_overlap_by_chance():
-    """The mean over 60 random pictures: within four standard errors of the hypergeometric distribution."""
+    """The mean over 60 random images: within four standard errors of the hypergeometric distribution."""
     generator = torch.Generator().manual_seed(0)
     chance = chance_levels(4, 16, GRID)
     runs = [
@@ -121,9 +121,9 @@ def test_a_view_is_mapped_back_to_where_it_came_from(name):
     """One dark patch on white: wherever the view shows it, its darkest patch maps back to that patch."""
     view, side = VIEWS[name], 24 * 14
     for row, column in ((12, 12), (7, 3), (19, 21), (20, 8)):
-        picture = Image.new("RGB", (side, side), "white")
-        ImageDraw.Draw(picture).rectangle((column * 14, row * 14, column * 14 + 13, row * 14 + 13), "black")
-        seen = np.asarray(view.change(picture).convert("L"), dtype=float)
+        image = Image.new("RGB", (side, side), "white")
+        ImageDraw.Draw(image).rectangle((column * 14, row * 14, column * 14 + 13, row * 14 + 13), "black")
+        seen = np.asarray(view.change(image).convert("L"), dtype=float)
         assert seen.shape == (side, side)
         darkness = 255 - seen.reshape(24, 14, 24, 14).mean(axis=(1, 3))
         darkest = patches(int(darkness.argmax()))
@@ -149,10 +149,10 @@ def test_every_patch_of_a_view_comes_from_a_visible_patch(grid):
 
 def test_agreement_by_hand():
     """Of 0, 13, 50 on a grid of 12 columns: 0 stays, 13 (row 1, column 1) has a neighbour at 26 (2, 2), 50 has none."""
-    found = agreement(patches(0, 13, 50), patches(0, 26, 100), GRID)
+    found = set_agreement(patches(0, 13, 50), patches(0, 26, 100), GRID)
     assert found == pytest.approx({"jaccard": 1 / 5, "kept_0": 1 / 3, "kept_1": 2 / 3})
-    assert agreement(patches(11), patches(12), GRID)["kept_1"] == 0  # the end of a row is not next to the next row
-    assert all(math.isnan(value) for value in agreement(patches(), patches(1), GRID).values())
+    assert set_agreement(patches(11), patches(12), GRID)["kept_1"] == 0  # the end of a row is not next to the next row
+    assert all(math.isnan(value) for value in set_agreement(patches(), patches(1), GRID).values())
 
 
 def test_unchanged_anchors_are_wholly_kept_and_chance_is_their_share():
@@ -173,11 +173,11 @@ def test_distance_between_anchors():
     assert grid_distance(144, GRID) == 1
 
 
-# One picture
+# One image
 
 
 def made_up(attention, features=None):
-    """A picture with its views, all alike."""
+    """An image with its views, all alike."""
     features = torch.randn(attention.shape[1], 8) if features is None else features
     views = 1 + len(VIEWS)
     side = math.isqrt(attention.shape[1])
@@ -236,7 +236,7 @@ def test_no_attention_no_statistics():
 
 def test_seen_are_the_square_and_its_views(folder, images):
     encoder, processor = load_vision_encoder(folder), square_image_processor(folder, 84)
-    features = see(load_image(images / "a.png"), encoder, processor, 84)
+    features = encode_views(load_image(images / "a.png"), encoder, processor, 84)
     assert features.tokens.shape[0] == 1 + len(VIEWS)
     alone = encoder(processor(load_image(images / "a.png"), return_tensors="pt")["pixel_values"])
     # The same pixels, in batches of 5 and of 1.
@@ -246,14 +246,14 @@ def test_seen_are_the_square_and_its_views(folder, images):
 # Rows and runs
 
 
-def test_pictures_are_found_below_and_evenly_taken(images, tmp_path):
-    names = [path.as_posix() for path in find_pictures(images)]
+def test_images_are_found_below_and_evenly_taken(images, tmp_path):
+    names = [path.as_posix() for path in find_images(images)]
     assert names == ["a.png", "b.jpg", "crops/0.png", "crops/1.png", "crops/2.png"]
-    assert [path.as_posix() for path in find_pictures(images, 2)] == ["a.png", "crops/0.png"]
-    assert len(find_pictures(images, 99)) == 5
-    assert [group(name) for name in names] == ["a.png", "b.jpg", "crops", "crops", "crops"]
-    with pytest.raises(DataError, match="no pictures"):
-        find_pictures(tmp_path / "nothing")
+    assert [path.as_posix() for path in find_images(images, 2)] == ["a.png", "crops/0.png"]
+    assert len(find_images(images, 99)) == 5
+    assert [group_of(name) for name in names] == ["a.png", "b.jpg", "crops", "crops", "crops"]
+    with pytest.raises(DataError, match="no images"):
+        find_images(tmp_path / "nothing")
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
@@ -265,12 +265,12 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
             raise KeyboardInterrupt
         return {"anchors": "1 2", "value": 1 / 3}
 
-    pictures = [Path(name) for name in "abcd"]
+    images = [Path(name) for name in "abcd"]
     with pytest.raises(KeyboardInterrupt):
-        make_rows(tmp_path, {"k": 1}, pictures, make, progress=False)
+        make_rows(tmp_path, {"k": 1}, images, make, progress=False)
     with (tmp_path / "images.csv").open("a") as file:
         file.write("c,1 2,0.33")  # cut off while writing
-    settings, rows = make_rows(tmp_path, {"k": 1, "made_on": "another machine"}, pictures, make, progress=False)
+    settings, rows = make_rows(tmp_path, {"k": 1, "made_on": "another machine"}, images, make, progress=False)
     assert made == ["a", "b", "c", "c", "d"]
     assert settings == {"k": 1}
     assert list(rows) == ["a", "b", "c", "d"]
@@ -278,11 +278,11 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     with (tmp_path / "images.csv").open() as file:
         assert [row["image"] for row in csv.DictReader(file)] == ["a", "b", "c", "d"]
     with pytest.raises(UsageError, match=r"other settings \(k\)"):
-        make_rows(tmp_path, {"k": 2}, pictures, make)
+        make_rows(tmp_path, {"k": 2}, images, make)
 
 
-def test_intervals_draw_groups_not_pictures():
-    """Ten groups of ten equal values: the pictures of a group say nothing new, so the interval is that of ten."""
+def test_intervals_draw_groups_not_images():
+    """Ten groups of ten equal values: the images of a group say nothing new, so the interval is that of ten."""
 
     def row(value):
         return {"anchors": "0 3", "outliers": 0.0, "jpeg_jaccard_chance": 0.0, "jpeg_kept_0_chance": 0.0} | {
@@ -294,7 +294,7 @@ def test_intervals_draw_groups_not_pictures():
     values = np.random.default_rng(0).normal(size=10)
     crops = {f"{place}/{crop}": row(value) for place, value in enumerate(values) for crop in range(10)}
     alone = {f"{place}": row(value) for place, value in enumerate(values)}
-    together, single = (summarise("x", settings, rows).levels["value"] for rows in (crops, alone))
+    together, single = (summarise("x", settings, rows).estimates["value"] for rows in (crops, alone))
     assert together == pytest.approx(single, nan_ok=True)
     half = 1.96 * values.std() / math.sqrt(10)
     assert (single.high - single.low) / 2 == pytest.approx(half, rel=0.15)  # percentiles of 2,000 samples
@@ -303,19 +303,19 @@ def test_intervals_draw_groups_not_pictures():
     summary = summarise("x", settings, crops)
     assert (summary.settings["num_images"], summary.settings["num_groups"]) == (100, 10)
     assert summary.places == pytest.approx([1, 0, 0, 1, 0, 0, 0, 0, 0])
-    assert summary.levels["other_jaccard"].mean == 1
+    assert summary.estimates["other_jaccard"].mean == 1
     lone = summarise("x", settings, {"1/a": row(1.0), "1/b": row(2.0)})
-    assert math.isnan(lone.levels["value"].low)
-    assert math.isnan(lone.levels["other_jaccard"].mean)
+    assert math.isnan(lone.estimates["value"].low)
+    assert math.isnan(lone.estimates["other_jaccard"].mean)
 
 
 def test_a_run_leaves_rows_summary_and_figure(plan, images, tmp_path):
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    pictures = find_pictures(images)
-    said = run_stats(plan, pictures, tmp_path / "real", progress=False)
+    paths = find_images(images)
+    printed = run_stats(plan, paths, tmp_path / "real", progress=False)
     random = run_stats(
-        Run(plan.vision, images, num_anchors=8, image_size=84, random_seed=1),
-        pictures,
+        StatsConfig(plan.vision, images, num_anchors=8, image_size=84, random_seed=1),
+        paths,
         tmp_path / "random",
         beside=[tmp_path / "real"],
         progress=False,
@@ -328,7 +328,7 @@ def test_a_run_leaves_rows_summary_and_figure(plan, images, tmp_path):
     name = overlap_name(*MAIN, SHARES[2], SHARES[2])
     with (tmp_path / "real/images.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert summary.levels[name].mean == pytest.approx(sum(float(row[name]) for row in rows) / 5, abs=1e-5)
+    assert summary.estimates[name].mean == pytest.approx(sum(float(row[name]) for row in rows) / 5, abs=1e-5)
     assert all(len(row["anchors"].split()) == 8 for row in rows)
     assert sum(summary.places) == pytest.approx(8, abs=0.01)
     other = json.loads((tmp_path / "random/summary.json").read_text())
@@ -337,13 +337,13 @@ def test_a_run_leaves_rows_summary_and_figure(plan, images, tmp_path):
         assert load_image(tmp_path / run / "figure.png").width > 1000
         assert (tmp_path / run / "figure.svg").stat().st_size > 10_000
     before = (tmp_path / "real/images.csv").stat().st_mtime_ns
-    assert run_stats(plan, pictures, tmp_path / "real", progress=False) == said
+    assert run_stats(plan, paths, tmp_path / "real", progress=False) == printed
     assert (tmp_path / "real/images.csv").stat().st_mtime_ns == before
 
 
 def test_random_weights_are_those_of_their_seed(plan):
     def weights(seed):
-        tower = Run(plan.vision, plan.images, random_seed=seed).encoder().tower
+        tower = StatsConfig(plan.vision, plan.images, random_seed=seed).encoder().tower
         return tower.state_dict()["embeddings.patch_embeddings.projection.weight"]
 
     assert torch.equal(weights(1), weights(1))
@@ -351,26 +351,26 @@ def test_random_weights_are_those_of_their_seed(plan):
 
 
 def test_what_does_not_fit_is_refused(plan, images, tmp_path):
-    pictures = find_pictures(images)
+    paths = find_images(images)
     with pytest.raises(UsageError, match="no summary"):
-        run_stats(plan, pictures, tmp_path / "out", beside=[tmp_path])
+        run_stats(plan, paths, tmp_path / "out", beside=[tmp_path])
     with pytest.raises(UsageError, match="37 of 36 patches"):
-        run_stats(Run(plan.vision, images, num_anchors=37, image_size=84), pictures, tmp_path / "out")
+        run_stats(StatsConfig(plan.vision, images, num_anchors=37, image_size=84), paths, tmp_path / "out")
     (images / "broken").mkdir()
     (images / "broken/x.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="none of 1 pictures"):
+    with pytest.raises(DataError, match="none of 1 images"):
         run_stats(plan, [Path("broken/x.png")], tmp_path / "out", progress=False)
 
 
 def test_the_command(folder, images, tmp_path, capsys):
     command = ["stats", "--vision", folder, "--images", str(images), "--num-anchors", "8", "--image-size", "84"]
     assert main([*command, "--limit", "2", "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    said = capsys.readouterr().out
-    assert "| images (groups) | 2 (2) |" in said
-    assert str(tmp_path / "out/figure.png") in said
+    printed = capsys.readouterr().out
+    assert "| images (groups) | 2 (2) |" in printed
+    assert str(tmp_path / "out/figure.png") in printed
     (tmp_path / "empty").mkdir()
     assert main([*command, "--images", str(tmp_path / "empty"), "--out", str(tmp_path / "none")]) == 3
-    assert "no pictures" in capsys.readouterr().err
+    assert "no images" in capsys.readouterr().err
 
 
 # The example
@@ -403,7 +403,7 @@ def test_crops_are_squares_of_the_photograph_and_always_the_same(natural_images,
 
 def test_licences_are_read_from_debians_copyright(natural_images, tmp_path):
     text = "Files: *\nCopyright: A\nLicense: GPL-2+\n\nFiles: 16.04/a.jpg\n 16.04/b.jpg\nLicense: CC0-1.0\n text\n"
-    text += "\nFiles: debian/*\nCopyright: B\nLicense: Expat\n"  # the packaging's, which names no picture
+    text += "\nFiles: debian/*\nCopyright: B\nLicense: Expat\n"  # the packaging's, which names no image
     (tmp_path / "usr/share/doc/p").mkdir(parents=True)
     (tmp_path / "usr/share/doc/p/copyright").write_text(text)
     read = [natural_images.licence(tmp_path, "p", tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg")]

@@ -1,4 +1,4 @@
-"""`acformer stats`: the paper's observation, measured over a folder of pictures."""
+"""`acformer stats`: the paper's observation, measured over a folder of images."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,10 @@ from acformer.commands.arguments import ENCODER, ENCODER_HELP, add_device, posit
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    sub = commands.add_parser("stats", parents=[common], help="measure the anchors of an encoder over many pictures")
+    sub = commands.add_parser("stats", parents=[common], help="measure the anchors of an encoder over many images")
     sub.add_argument("--vision", default=ENCODER, help=ENCODER_HELP)
-    sub.add_argument("--images", type=Path, required=True, help="folder; a subfolder's pictures count as one group")
-    sub.add_argument("--limit", type=positive, help="take so many of the pictures, evenly spaced")
+    sub.add_argument("--images", type=Path, required=True, help="folder; a subfolder's images count as one group")
+    sub.add_argument("--limit", type=positive, help="take so many of the images, evenly spaced")
     sub.add_argument("--num-anchors", type=positive, default=64)
     sub.add_argument("--image-size", type=positive, default=336, help="pixels a side that the encoder sees")
     sub.add_argument("--feature-layer", type=int, default=-2)
@@ -28,13 +28,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> str:
     """The table of the run, with those beside it."""
-    from acformer.lab.stats.rows import find_pictures
+    from acformer.lab.stats.rows import find_images
 
-    pictures = find_pictures(arguments.images, arguments.limit)  # before torch, as in `train`
+    images = find_images(arguments.images, arguments.limit)  # before torch, as in `train`
     from acformer.hf.build import parse_device
-    from acformer.lab.stats.run import Run, run_stats
+    from acformer.lab.stats.run import StatsConfig, run_stats
 
-    plan = Run(
+    config = StatsConfig(
         vision=arguments.vision,
         images=arguments.images,
         num_anchors=arguments.num_anchors,
@@ -43,8 +43,8 @@ def run(arguments: argparse.Namespace) -> str:
         random_seed=arguments.seed if arguments.random_weights else None,
     )
     return run_stats(
-        plan,
-        pictures,
+        config,
+        images,
         arguments.out,
         beside=arguments.beside,
         device=parse_device(arguments.device),

@@ -40,9 +40,9 @@ def run(arguments: argparse.Namespace) -> str:
     from acformer.images import load_image
 
     for image in arguments.images:
-        load_image(image)  # a bad picture is told before the model is loaded
+        load_image(image)  # a bad image is refused before the model is loaded
     arguments.out.mkdir(parents=True, exist_ok=True)
-    return _encoder_figures(arguments) if arguments.model is None else _reading_figures(arguments)
+    return _encoder_figures(arguments) if arguments.model is None else _answer_figures(arguments)
 
 
 def _encoder_figures(arguments: argparse.Namespace) -> str:
@@ -62,11 +62,11 @@ def _encoder_figures(arguments: argparse.Namespace) -> str:
     return "\n".join(map(str, files))
 
 
-def _reading_figures(arguments: argparse.Namespace) -> str:
-    from acformer.lab.figures.write import write_readings
+def _answer_figures(arguments: argparse.Namespace) -> str:
+    from acformer.lab.figures.write import write_answer_attention
 
     model, processor = load(arguments)
-    readings = write_readings(
+    results = write_answer_attention(
         model,
         processor,
         arguments.images,
@@ -78,7 +78,7 @@ def _reading_figures(arguments: argparse.Namespace) -> str:
         progress=not arguments.quiet,
     )
     lines = []
-    for path, reading in readings.items():
-        shares = ", ".join(f"{name} {100 * value:.1f} %" for name, value in reading.overlap().items())
-        lines += [f"{reading.answer}", f"  {shares}", f"  {path}.png .svg .json"]
+    for path, found in results.items():
+        shares = ", ".join(f"{name} {100 * value:.1f} %" for name, value in found.overlap().items())
+        lines += [f"{found.answer}", f"  {shares}", f"  {path}.png .svg .json"]
     return "\n".join(lines)

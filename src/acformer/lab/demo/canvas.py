@@ -17,7 +17,7 @@ from PIL import Image
 
 from acformer.lab.demo.look import Look
 from acformer.lab.demo.pins import Pins
-from acformer.lab.figures.panels import within_picture
+from acformer.lab.figures.panels import within_image
 from acformer.lab.figures.pca import pca_colours
 from acformer.viz.overlay import padded_square
 
@@ -106,7 +106,7 @@ def _heat(look: Look, head: int) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _features(look: Look) -> UInt8[np.ndarray, "h w 3"]:
-    seen = within_picture(look.picture.size, look.features.grid, look.pad_to_square)
+    seen = within_image(look.picture.size, look.features.grid, look.pad_to_square)
     return pca_colours(look.features.patches, seen)[0].reshape(*look.features.grid, 3).numpy()
 
 

@@ -1,4 +1,4 @@
-"""What a panel shows: a picture, a map over its patches, and its anchors, outlined or circled.
+"""What a panel shows: an image, a map over its patches, and its anchors, outlined or circled.
 
 Maps cover the square that the encoder was fed; what lies in the padding is cut off, as everywhere in `acformer.viz`.
 """
@@ -16,28 +16,28 @@ from acformer.viz.overlay import BRIGHT, padded_square
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FLATTEST, HIGHEST = 0.5, 1.6  # height over width of a panel; a picture beyond stands in it with room beside
+FLATTEST, HIGHEST = 0.5, 1.6  # height over width of a panel; an image beyond stands in it with room beside
 YELLOW = tuple(value / 255 for value in BRIGHT)
 
 
-def small(picture: Image.Image, number: int = 1) -> Image.Image:
-    """The picture as a figure of so many pictures shows it: in 480 pixels a side for one, fewer for more.
+def small(image: Image.Image, number: int = 1) -> Image.Image:
+    """The image as a figure of so many images shows it: in 480 pixels a side for one, fewer for more.
 
-    All pictures of a figure together weigh about the same, or a sheet of them would be an SVG of many megabytes.
+    All images of a figure together weigh about the same, or a sheet of them would be an SVG of many megabytes.
     """
     side = max(160, round(480 / number**0.5))
-    picture = picture.convert("RGB")  # a copy
-    picture.thumbnail((side, side))
-    return picture
+    image = image.convert("RGB")  # a copy
+    image.thumbnail((side, side))
+    return image
 
 
 def panel_ratio(size: tuple[int, int]) -> float:
-    """Height over width of the panels of a picture of (width, height)."""
+    """Height over width of the panels of an image of (width, height)."""
     return min(max(size[1] / size[0], FLATTEST), HIGHEST)
 
 
-def within_picture(size: tuple[int, int], grid: tuple[int, int], pad_to_square: bool = True) -> Bool[Tensor, "N"]:
-    """(N,) patches whose centre lies in the picture, and not in the padding around it."""
+def within_image(size: tuple[int, int], grid: tuple[int, int], pad_to_square: bool = True) -> Bool[Tensor, "N"]:
+    """(N,) patches whose centre lies in the image, and not in the padding around it."""
     left, top, right, bottom = padded_square(size, pad_to_square)
     ys = top + (torch.arange(grid[0]) + 0.5) / grid[0] * (bottom - top)
     xs = left + (torch.arange(grid[1]) + 0.5) / grid[1] * (right - left)
@@ -45,14 +45,14 @@ def within_picture(size: tuple[int, int], grid: tuple[int, int], pad_to_square: 
     return (rows.unsqueeze(1) & columns).flatten()
 
 
-def draw_picture(axes: "Axes", picture: Image.Image) -> None:
-    """The picture alone."""
-    axes.imshow(picture, interpolation="antialiased")
-    _frame(axes, picture.size)
+def draw_image(axes: "Axes", image: Image.Image) -> None:
+    """The image alone."""
+    axes.imshow(image, interpolation="antialiased")
+    _frame(axes, image.size)
 
 
 def draw_map(axes: "Axes", values: Tensor, size: tuple[int, int]) -> None:
-    """Patch by patch over the padded square, cut off where a picture of that size ends.
+    """Patch by patch over the padded square, cut off where an image of that size ends.
 
     values: (h, w) numbers from 0 in the colours of heat, the greatest brightest; or (h, w, 3) colours.
     """

@@ -24,7 +24,7 @@ def pca_colours(features: Float[Tensor, "K N D"], within: Bool[Tensor, "N"] | No
     Args:
         features: (K, N, D) patches at K depths, from the first to the last.
         within: (N,) the patches that components and scale are made of, by default all; the others are coloured on
-            the same scale, cut off at its ends (the padding around a picture would else be the first component).
+            the same scale, cut off at its ends (the padding around an image would else be the first component).
 
     Returns:
         (K, N, 3), 0..255.

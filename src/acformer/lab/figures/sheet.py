@@ -1,6 +1,7 @@
-"""A figure of panels that are placed in inches: pictures of any shape stand in rows, close and without overlaps.
+"""A figure of blocks of panels that are placed in inches: images of any shape stand close, and without overlaps.
 
-Matplotlib's own layout engines share out what room there is; with panels of a fixed shape they leave gaps.
+A block is a `GridSpec` of matplotlib's. Where blocks go is computed here, since its layout engines share out what room
+there is, and leave gaps around panels of a fixed shape.
 """
 
 import math
@@ -21,72 +22,74 @@ if TYPE_CHECKING:
 GAP, LABEL, LINE, MARGIN = 0.05, 0.16, 0.2, 0.08  # inches
 SIZE = 7.0  # points, of a label
 DPI = 160
-MOST_INCHES = 65_535 / DPI  # Agg draws no more pixels
 
 Draw = Callable[["Axes"], None]
 
 
 @dataclass(frozen=True)
-class Panel:
-    """Where something is drawn (inches from the left and from the top), what, and the label above it."""
+class Block:
+    """Panels row by row, (label, what to draw) of each, that fill a width in so many columns.
 
+    left, top, width: inches from the left, from the top, across. ratio: height over width of a panel. Labels stand
+    above their panels, `title` (bold) and `heading` above them all; what has no text takes no room.
+    """
+
+    panels: Sequence[tuple[str, Draw]]
     left: float
     top: float
     width: float
-    height: float
-    draw: Draw
-    label: str = ""
+    columns: int
+    ratio: float
+    title: str = ""
+    heading: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        """Of panels."""
+        return math.ceil(len(self.panels) / self.columns)
+
+    @property
+    def panel_size(self) -> tuple[float, float]:
+        """Width and height of a panel."""
+        wide = (self.width - (self.columns - 1) * GAP) / self.columns
+        return wide, wide * self.ratio
+
+    @property
+    def between(self) -> float:
+        """From the lower edge of a panel to the upper edge of the next."""
+        return GAP + (LABEL if any(label for label, _ in self.panels) else 0)
+
+    @property
+    def first_row(self) -> float:
+        """Where the panels begin."""
+        return self.top + LINE * (bool(self.title) + bool(self.heading)) + self.between - GAP
 
     @property
     def bottom(self) -> float:
-        """Inches from the top."""
-        return self.top + self.height
+        """Where they end."""
+        return self.first_row + self.num_rows * (self.panel_size[1] + self.between) - self.between
 
 
-@dataclass(frozen=True)
-class Words:
-    """A line of text: its left end and its top in inches."""
-
-    left: float
-    top: float
-    text: str
-    bold: bool = False
-
-
-def rows(
-    draws: Sequence[tuple[str, Draw]], left: float, top: float, width: float, columns: int, ratio: float
-) -> list[Panel]:
-    """Panels of (label, what to draw), row by row, that fill a width in so many columns.
-
-    ratio: height over width of a panel. Labels stand above their panels; a sheet without any leaves no room for them.
-    """
-    label = LABEL if any(text for text, _ in draws) else 0
-    wide = (width - (columns - 1) * GAP) / columns
-    high = wide * ratio
-    panels = []
-    for place, (text, draw) in enumerate(draws):
-        row, column = divmod(place, columns)
-        y = top + label + row * (high + label + GAP)
-        panels.append(Panel(left + column * (wide + GAP), y, wide, high, draw, text))
-    return panels
-
-
-def compose(width: float, panels: Sequence[Panel], words: Sequence[Words] = ()) -> Drawing:
-    """The figure, as high as its lowest panel."""
-    height = max(panel.bottom for panel in panels) + MARGIN
+def compose(width: float, blocks: Sequence[Block]) -> Drawing:
+    """The figure, as high as its lowest block."""
+    height = max(block.bottom for block in blocks) + MARGIN
     figure = Drawing(figsize=(width, height))
-    for panel in panels:
-        place = panel.left / width, 1 - panel.bottom / height, panel.width / width, panel.height / height
-        axes = figure.add_axes(place)
-        axes.set_axis_off()
-        panel.draw(axes)
-        if panel.label:
-            x, y = (panel.left + panel.width / 2) / width, 1 - (panel.top - 0.03) / height
-            figure.text(x, y, panel.label, fontsize=SIZE, ha="center", va="bottom", parse_math=False)
-    for line in words:
-        weight = "bold" if line.bold else "normal"
-        x, y = line.left / width, 1 - line.top / height
-        figure.text(x, y, line.text, fontsize=SIZE + line.bold, weight=weight, ha="left", va="top", parse_math=False)
+    for block in blocks:
+        wide, high = block.panel_size
+        grid = figure.add_gridspec(
+            block.num_rows, block.columns, wspace=GAP / wide, hspace=block.between / high,
+            left=block.left / width, right=(block.left + block.width) / width,
+            top=1 - block.first_row / height, bottom=1 - block.bottom / height,
+        )  # fmt: skip
+        for number, (label, draw) in enumerate(block.panels):
+            axes = figure.add_subplot(grid[number])
+            axes.set_axis_off()
+            axes.set_title(label, fontsize=SIZE, pad=4, parse_math=False)
+            draw(axes)
+        for place, text in enumerate(filter(None, (block.title, block.heading))):
+            y, is_title = 1 - (block.top + place * LINE) / height, text == block.title
+            line = figure.text(block.left / width, y, text, fontsize=SIZE + is_title, va="top", parse_math=False)
+            line.set_fontweight("bold" if is_title else "normal")
     return figure
 
 
@@ -96,11 +99,6 @@ def shortened(text: str, most: int = 36) -> str:
     text = "".join(char if font.get_char_index(ord(char)) else "□" for char in " ".join(text.split()))
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
-
-
-def near_square(number: int) -> int:
-    """Columns of a block of that many panels, not fewer than its rows: 3 for 6, 4 for 12 and 16."""
-    return math.ceil(math.sqrt(number))
 
 
 def save(figure: "Figure", path: Path, dpi: int = DPI) -> list[Path]:

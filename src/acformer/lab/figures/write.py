@@ -1,4 +1,4 @@
-"""Figures as files: for every picture a PNG and an SVG, for all of them a contact sheet, beside them a JSON."""
+"""Figures as files: for every image a PNG and an SVG, for all of them a contact sheet, beside them a JSON."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,15 +9,16 @@ import torch
 from tqdm import tqdm
 
 from acformer.errors import UsageError
+from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.images import load_image
-from acformer.lab.figures.layers import LayerReader, Layers, draw_contact_sheet, draw_layers
-from acformer.lab.figures.reading import Reading, read_answer
-from acformer.lab.figures.reading_figure import draw_reading
+from acformer.lab.figures.answer_attention import AnswerAttention, attend_to_answer
+from acformer.lab.figures.layers import EncoderLayers, LayerExtractor, draw_contact_sheet, draw_layers
+from acformer.lab.figures.plot_attention import plot_attention
 from acformer.lab.figures.sheet import save
 from acformer.provenance import machine
 
-MOST_PICTURES = 32  # on a contact sheet
+MOST_IMAGES = 32  # on a contact sheet
 
 
 def write_layers(
@@ -31,10 +32,10 @@ def write_layers(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[Path]:
-    """Fig. 2, 4 and 6 for pictures: `<name>-layers.png|svg` of each, `contact-sheet.png|svg`, `layers.json`.
+    """Fig. 2, 4 and 6 for images: `<name>-layers.png|svg` of each, `contact-sheet.png|svg`, `layers.json`.
 
     Args:
-        images: pictures, at most 32.
+        images: images, at most 32.
         out: a folder that is there.
         vision, feature_layer: as `load_vision_encoder` takes them.
         num_anchors: by default a patch in nine, the paper's 64 of 576.
@@ -46,15 +47,15 @@ def write_layers(
         the files.
 
     Raises:
-        UsageError: too many pictures, too small a square, an encoder without [CLS] attention. CheckpointError: no such
-            encoder. ImageError: a picture that cannot be read.
+        UsageError: too many images, too small a square, an encoder without [CLS] attention. CheckpointError: no such
+            encoder. ImageError: an image that cannot be read.
     """
-    if len(images) > MOST_PICTURES:
-        raise UsageError(f"a contact sheet holds {MOST_PICTURES} pictures, not {len(images)}: call it several times")
-    reader = LayerReader(vision, image_size, feature_layer, device)
+    if len(images) > MOST_IMAGES:
+        raise UsageError(f"a contact sheet holds {MOST_IMAGES} images, not {len(images)}: call it several times")
+    extract = LayerExtractor(vision, image_size, feature_layer, device)
     files, sheets = [], []
-    for name, image in tqdm(_named(images), desc="figures", unit="picture", disable=not progress):
-        layers = reader(load_image(image), image.name, num_anchors)
+    for name, image in tqdm(_named(images), desc="figures", unit="image", disable=not progress):
+        layers = extract(load_image(image), image.name, num_anchors)
         files += save(draw_layers(layers), out / f"{name}-layers")
         sheets.append(layers)
     files += save(draw_contact_sheet(sheets), out / "contact-sheet")
@@ -63,7 +64,7 @@ def write_layers(
     return files
 
 
-def write_readings(
+def write_answer_attention(
     model: AcFormerForConditionalGeneration,
     processor: AcFormerProcessor,
     images: Sequence[Path],
@@ -72,24 +73,24 @@ def write_readings(
     *,
     progress: bool = True,
     **options: Any,
-) -> dict[Path, Reading]:
-    """Fig. 5 for pictures: `<name>-reading.png|svg|json` of each; returns the readings by path without ending.
+) -> dict[Path, AnswerAttention]:
+    """Fig. 5 for images: `<name>-reading.png|svg|json` of each; returns what was found by path without ending.
 
-    `options`: of `read_answer`, with its errors.
+    `options`: of `attend_to_answer`, with its errors.
     """
-    readings = {}
+    results = {}
     made = {"model": model.name_or_path, "connector": model.config.connector, **machine()}
-    for name, image in tqdm(_named(images), desc="figures", unit="picture", disable=not progress):
-        reading = read_answer(model, processor, image, question, **options)
+    for name, image in tqdm(_named(images), desc="figures", unit="image", disable=not progress):
+        found = attend_to_answer(model, processor, image, question, **options)
         path = out / f"{name}-reading"
-        save(draw_reading(reading), path)
-        _write_json(path.with_name(f"{path.name}.json"), {"image": image.name, **made, **reading.record()})
-        readings[path] = reading
-    return readings
+        save(plot_attention(found), path)
+        _write_json(path.with_name(f"{path.name}.json"), {"image": image.name, **made, **found.record()})
+        results[path] = found
+    return results
 
 
 def _named(images: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Each picture with the name of its files: its own without the ending, and a number where two are alike."""
+    """Each image with the name of its files: its own without the ending, and a number where two are alike."""
 
     def names() -> Iterator[str]:
         seen: dict[str, int] = {}
@@ -100,7 +101,7 @@ def _named(images: Sequence[Path]) -> list[tuple[str, Path]]:
     return list(zip(names(), images, strict=True))
 
 
-def _record(layers: Layers) -> dict[str, Any]:
+def _record(layers: EncoderLayers) -> dict[str, Any]:
     return {
         "image": layers.name,
         "grid": layers.anchors.grid,
@@ -113,5 +114,5 @@ def _record(layers: Layers) -> dict[str, Any]:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return path

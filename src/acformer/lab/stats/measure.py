@@ -1,6 +1,6 @@
-"""One picture in, one row of numbers out: all that is measured of its anchors.
+"""One image in, one row of numbers out: all that is measured of its anchors.
 
-Anchors are those of the progressive search (Sec. 3.3) on the picture padded to a square, as the model is given it.
+Anchors are those of the progressive search (Sec. 3.3) on the image padded to a square, as the model is given it.
 Beside the overlap (`acformer.lab.stats.overlap`) and the stability (`acformer.lab.stats.stability`):
 
 mass_patches: share of the heads' mean attention that lies on patches, the rest being on the prefix tokens.
@@ -29,7 +29,7 @@ from torch import Tensor
 from acformer.anchors.search import select_anchors
 from acformer.anchors.selectors import cls_attention, spread_points
 from acformer.lab.stats.overlap import ACTIVATIONS, MAIN, SALIENCES, SHARES, overlap_name, overlaps
-from acformer.lab.stats.rows import Row
+from acformer.lab.stats.rows import ImageStats
 from acformer.lab.stats.stability import DRAWS, VIEWS, Grid, neighbour_distance, stability
 from acformer.vision.encoder import VisionEncoder
 from acformer.vision.features import VisionFeatures
@@ -37,25 +37,25 @@ from acformer.vision.features import VisionFeatures
 OUTLIER = 4.0
 
 
-def see(picture: Image.Image, encoder: VisionEncoder, image_processor: Any, image_size: int) -> VisionFeatures:
-    """Features (on the CPU, float32) of the picture padded to a square, then of each of `VIEWS` of that square."""
-    side = max(picture.size)
+def encode_views(image: Image.Image, encoder: VisionEncoder, image_processor: Any, image_size: int) -> VisionFeatures:
+    """Features (on the CPU, float32) of the image padded to a square, then of each of `VIEWS` of that square."""
+    side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in image_processor.image_mean))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     square = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pictures = [square, *(view.change(square) for view in VIEWS.values())]
-    pixels = image_processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [square, *(view.change(square) for view in VIEWS.values())]
+    pixels = image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
         features = encoder(pixels.to(next(encoder.parameters()).device))
     kept = {name: value.float().cpu() for name, value in features.arrays.items()}
     return features._replace(**kept)
 
 
-def measure(features: VisionFeatures, num_anchors: int, name: str) -> Row:
-    """The row of a picture whose features, with those of its views, are a batch from `see`.
+def measure(features: VisionFeatures, num_anchors: int, name: str) -> ImageStats:
+    """The row of an image whose features, with those of its views, are a batch from `encode_views`.
 
-    name: of the picture; random sets are drawn from it. The row begins with the anchors, as indices with blanks
-    between; the rest are numbers, a measure that is not defined for a picture being NaN.
+    name: of the image; random sets are drawn from it. The row begins with the anchors, as indices with blanks
+    between; the rest are numbers, a measure that is not defined for an image being NaN.
 
     Raises:
         UsageError: no [CLS] attention, or fewer patches than anchors.
@@ -65,7 +65,7 @@ def measure(features: VisionFeatures, num_anchors: int, name: str) -> Row:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     noise = torch.rand(DRAWS, 1, len(patches), generator=generator)
     chance = select_anchors(noise, num_anchors)
-    row: Row = {"anchors": " ".join(map(str, anchors.tolist()))}
+    row: ImageStats = {"anchors": " ".join(map(str, anchors.tolist()))}
     row |= overlaps(patches, attention[0])
     row |= _mass(attention[0], anchors) | _heads(attention[0], num_anchors) | _outliers(patches, anchors)
     row["distance"] = neighbour_distance(anchors, grid)
@@ -99,7 +99,7 @@ def _binomial(trials: int, probability: float, successes: int) -> float:
     return comb(trials, successes) * probability**successes * (1 - probability) ** (trials - successes)
 
 
-def _mass(attention: Float[Tensor, "H N"], anchors: Int[Tensor, "K"]) -> Row:
+def _mass(attention: Float[Tensor, "H N"], anchors: Int[Tensor, "K"]) -> ImageStats:
     mean = attention.mean(dim=0)
     share = mean / mean.sum()
     return {
@@ -109,7 +109,7 @@ def _mass(attention: Float[Tensor, "H N"], anchors: Int[Tensor, "K"]) -> Row:
     }
 
 
-def _heads(attention: Float[Tensor, "H N"], num_anchors: int) -> Row:
+def _heads(attention: Float[Tensor, "H N"], num_anchors: int) -> ImageStats:
     num_heads = len(attention)
     best = select_anchors(attention[:, None], max(1, num_anchors // num_heads))
     votes = torch.zeros(attention.shape).scatter_(1, best, 1.0).sum(dim=0)
@@ -118,7 +118,7 @@ def _heads(attention: Float[Tensor, "H N"], num_anchors: int) -> Row:
     return {**by_number, "heads_shared": sum(counts[2:]) / sum(counts[1:])}
 
 
-def _outliers(patches: Float[Tensor, "N D"], anchors: Int[Tensor, "K"]) -> Row:
+def _outliers(patches: Float[Tensor, "N D"], anchors: Int[Tensor, "K"]) -> ImageStats:
     norms = patches.norm(dim=-1)
     median = norms.median()
     deviation = 1.4826 * (norms - median).abs().median()

@@ -36,7 +36,7 @@ SALIENCES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_scores(patches: Float[Tensor, "N D"]) -> dict[str, Float[Tensor, "N"]]:
-    """Every score of `ACTIVATIONS` for the patches of one picture."""
+    """Every score of `ACTIVATIONS` for the patches of one image."""
     centred = patches - patches.mean(dim=0)
     left, deviations, _ = torch.linalg.svd(centred, full_matrices=False)
     components = left * deviations
@@ -50,7 +50,7 @@ def activation_scores(patches: Float[Tensor, "N D"]) -> dict[str, Float[Tensor, 
 
 
 def overlaps(patches: Float[Tensor, "N D"], attention: Float[Tensor, "H N"]) -> dict[str, float]:
-    """|activated ∩ salient| / |activated| of one picture, by `overlap_name`.
+    """|activated ∩ salient| / |activated| of one image, by `overlap_name`.
 
     The main pair at every two shares of `SHARES`, all other pairs where both shares are the same. A share q of N
     patches is round(q N) of them, at least one; `anchors` takes them by the progressive search over the H heads,

@@ -1,4 +1,4 @@
-"""A run of `acformer stats`: an encoder and a folder of pictures in, rows, summary, table and figure out."""
+"""A run of `acformer stats`: an encoder and a folder of images in, rows, summary, table and figure out."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from acformer.errors import UsageError
 from acformer.hf.build import square_image_processor
 from acformer.images import load_image
-from acformer.lab.stats.figure import draw_figure
-from acformer.lab.stats.measure import measure, see
-from acformer.lab.stats.report import table_text
-from acformer.lab.stats.rows import MADE_ON, Row, make_rows
+from acformer.lab.stats.measure import encode_views, measure
+from acformer.lab.stats.plot_statistics import plot_statistics
+from acformer.lab.stats.rows import MADE_ON, ImageStats, make_rows
+from acformer.lab.stats.stats_table import table_text
 from acformer.lab.stats.summary import Summary, read_summary, summarise, write_summary
 from acformer.provenance import machine
 from acformer.vision.encoder import VisionEncoder, load_vision_encoder, patch_grid
@@ -24,8 +24,8 @@ FORMAT = 1  # of a row; a change refuses older ones
 
 
 @dataclass(frozen=True)
-class Run:
-    """What rows depend on beside the pictures. random_seed: of weights that were never trained; None for the real."""
+class StatsConfig:
+    """What rows depend on beside the images. random_seed: of weights that were never trained; None for the real."""
 
     vision: str
     images: Path
@@ -47,52 +47,54 @@ class Run:
 
 
 def run_stats(
-    run: Run,
-    pictures: Sequence[Path],
+    config: StatsConfig,
+    images: Sequence[Path],
     out: Path,
     *,
     beside: Sequence[Path] = (),
     device: torch.device | None = None,
     progress: bool = True,
 ) -> str:
-    """Measure the pictures (paths from `run.images`), going on where an earlier run was stopped; returns the table.
+    """Measure the images (paths from `config.images`), going on where an earlier run was stopped; returns the table.
 
-    Writes to `out`: settings.json and images.csv, a row a picture (see `acformer.lab.stats.rows`), summary.json, and
+    Writes to `out`: settings.json and images.csv, a row an image (see `acformer.lab.stats.rows`), summary.json, and
     figure.png and figure.svg, in which finished runs in the folders `beside` stand beside this one.
 
     Raises:
         UsageError: rows of other settings in `out`, no finished run in a folder beside, more anchors than patches,
-            no [CLS] attention. DataError: no pictures. CheckpointError: no such encoder.
+            no [CLS] attention. DataError: no images. CheckpointError: no such encoder.
     """
     others = [_finished(folder) for folder in beside]
-    encoder = run.encoder().to(device or torch.device("cpu"))
-    processor = square_image_processor(run.vision, run.image_size)
-    settings = {**_settings(run, encoder, processor), MADE_ON: machine(device)}
+    encoder = config.encoder().to(device or torch.device("cpu"))
+    processor = square_image_processor(config.vision, config.image_size)
+    settings = {**_settings(config, encoder, processor), MADE_ON: machine(device)}
 
-    def row(picture: Path) -> Row:
-        features = see(load_image(run.images / picture), encoder, processor, run.image_size)
-        return measure(features, run.num_anchors, picture.as_posix())
+    def row(image: Path) -> ImageStats:
+        features = encode_views(load_image(config.images / image), encoder, processor, config.image_size)
+        return measure(features, config.num_anchors, image.as_posix())
 
-    settings, rows = make_rows(out, settings, pictures, row, progress=progress)
+    settings, rows = make_rows(out, settings, images, row, progress=progress)
     summary = summarise(out.name, settings, rows)
     write_summary(out / "summary.json", summary)
-    draw_figure([summary, *others], out / "figure")
+    plot_statistics([summary, *others], out / "figure")
     return f"{table_text([summary, *others])}\n{out / 'figure.png'}"
 
 
-def _settings(run: Run, encoder: VisionEncoder, image_processor: Any) -> dict[str, Any]:
-    """What stands in settings.json: the run, and what the encoder makes of it."""
-    config = encoder.tower.config
-    grid = patch_grid(config, run.image_size, run.image_size)
-    if not 1 <= run.num_anchors <= grid[0] * grid[1]:
-        raise UsageError(f"--num-anchors {run.num_anchors} of {grid[0] * grid[1]} patches: take fewer or larger images")
+def _settings(config: StatsConfig, encoder: VisionEncoder, image_processor: Any) -> dict[str, Any]:
+    """What stands in settings.json: the configuration, and what the encoder makes of it."""
+    tower = encoder.tower.config
+    grid = patch_grid(tower, config.image_size, config.image_size)
+    if not 1 <= config.num_anchors <= grid[0] * grid[1]:
+        raise UsageError(
+            f"--num-anchors {config.num_anchors} of {grid[0] * grid[1]} patches: take fewer or larger images"
+        )
     made = {
         "format": FORMAT,
         "encoder": encoder_key(encoder.tower, image_processor),
-        "num_heads": config.num_attention_heads,
+        "num_heads": tower.num_attention_heads,
         "grid": list(grid),
     }
-    return {**asdict(run), "images": str(run.images), **made}
+    return {**asdict(config), "images": str(config.images), **made}
 
 
 def _finished(folder: Path) -> Summary:

@@ -1,8 +1,8 @@
-"""Do anchors stay on the same things when the picture changes a little? And how far apart are they?
+"""Do anchors stay on the same things when the image changes a little? And how far apart are they?
 
-A picture is viewed again cropped, mirrored, darkened and compressed; where a patch of the view came from is known, so
-its anchors are mapped back to the patches of the picture. Two levels stand beside: random patches mapped the same way,
-and the anchors of another picture, which agree wherever anchors depend on the place alone.
+An image is viewed again cropped, mirrored, darkened and compressed; where a patch of the view came from is known, so
+its anchors are mapped back to the patches of the image. Two levels stand beside: random patches mapped the same way,
+and the anchors of another image, which agree wherever anchors depend on the place alone.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ EXACT = "donot_use_mm_for_euclid_dist"
 
 @dataclass(frozen=True)
 class View:
-    """A change to a square picture, and where its places come from.
+    """A change to a square image, and where its places come from.
 
-    change: picture -> view. margin: share of the side that the view leaves out at each of the four edges, after which
+    change: image -> view. margin: share of the side that the view leaves out at each of the four edges, after which
     it is enlarged again. mirrored: left and right are exchanged.
     """
 
@@ -32,32 +32,32 @@ class View:
     mirrored: bool = False
 
     def origin(self, patches: Int[Tensor, "K"], grid: Grid) -> Int[Tensor, "K"]:
-        """The patches of the picture that hold the centres of these patches of the view."""
+        """The patches of the image that hold the centres of these patches of the view."""
         y, x = _centres(patches, grid)
         x = 1 - x if self.mirrored else x
         y, x = (self.margin + share * (1 - 2 * self.margin) for share in (y, x))
         return (y * grid[0]).long() * grid[1] + (x * grid[1]).long()
 
     def visible(self, patches: Int[Tensor, "K"], grid: Grid) -> Int[Tensor, "K"]:
-        """Those patches of the picture whose centres the view shows."""
+        """Those patches of the image whose centres the view shows."""
         y, x = _centres(patches, grid)
         inside = [(self.margin <= share) & (share <= 1 - self.margin) for share in (y, x)]
         return patches[inside[0] & inside[1]]
 
 
-def _crop(picture: Image.Image) -> Image.Image:
-    edge = picture.width / 12
-    box = (edge, edge, picture.width - edge, picture.height - edge)
-    return picture.resize(picture.size, Image.Resampling.BICUBIC, box=box)
+def _crop(image: Image.Image) -> Image.Image:
+    edge = image.width / 12
+    box = (edge, edge, image.width - edge, image.height - edge)
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
 
 
-def _darken(picture: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(picture).enhance(0.7)
+def _darken(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(0.7)
 
 
-def _compress(picture: Image.Image) -> Image.Image:
+def _compress(image: Image.Image) -> Image.Image:
     data = BytesIO()
-    picture.save(data, "JPEG", quality=50)
+    image.save(data, "JPEG", quality=50)
     return Image.open(data).convert("RGB")
 
 
@@ -69,7 +69,7 @@ VIEWS = {
 }
 
 
-def agreement(first: Int[Tensor, "K"], second: Int[Tensor, "L"], grid: Grid) -> dict[str, float]:
+def set_agreement(first: Int[Tensor, "K"], second: Int[Tensor, "L"], grid: Grid) -> dict[str, float]:
     """How far two sets of patches are the same; all NaN if the first is empty.
 
     jaccard: |A ∩ B| / |A ∪ B|. kept_0: share of A that is in B. kept_1: share of A with a patch of B at most one row
@@ -90,7 +90,7 @@ def agreement(first: Int[Tensor, "K"], second: Int[Tensor, "L"], grid: Grid) -> 
 def stability(
     anchors: Int[Tensor, "K"], viewed: dict[str, Int[Tensor, "K"]], chance: Int[Tensor, "R K"], grid: Grid
 ) -> dict[str, float]:
-    """`agreement` of the anchors of a picture that a view still shows with those of the view, mapped back.
+    """`set_agreement` of the anchors of an image that a view still shows with those of the view, mapped back.
 
     viewed: the view's own anchors by its name in `VIEWS`. chance: random sets of patches; the mean over what they
     give in place of a view's anchors is beside each measure as `..._chance`.
@@ -99,9 +99,9 @@ def stability(
     for name, found in viewed.items():
         view = VIEWS[name]
         seen = view.visible(anchors, grid)
-        for measure, value in agreement(seen, view.origin(found, grid), grid).items():
+        for measure, value in set_agreement(seen, view.origin(found, grid), grid).items():
             row[f"{name}_{measure}"] = value
-        by_chance = [agreement(seen, view.origin(drawn, grid), grid) for drawn in chance]
+        by_chance = [set_agreement(seen, view.origin(drawn, grid), grid) for drawn in chance]
         for measure in by_chance[0]:
             row[f"{name}_{measure}_chance"] = sum(level[measure] for level in by_chance) / len(by_chance)
     return row

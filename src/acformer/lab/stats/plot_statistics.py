@@ -1,12 +1,12 @@
 """Six panels: overlap over both thresholds and under other definitions, heads, attention mass, stability, places.
 
 The first run has the first and the last panel for itself; in the others every run has its colour. Bars and bands are
-95 % intervals over groups of pictures, grey marks what is expected by chance.
+95 % intervals over groups of images, grey marks what is expected by chance.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,7 +16,7 @@ from acformer.lab.figures.sheet import save
 from acformer.lab.paper import OVERLAP
 from acformer.lab.stats.overlap import ACTIVATIONS, MAIN, SHARES, overlap_name
 from acformer.lab.stats.stability import VIEWS
-from acformer.lab.stats.summary import Level, Summary
+from acformer.lab.stats.summary import Estimate, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ CHANCE = "0.55"
 PER_CENT = [100 * share for share in SHARES]
 
 
-def draw_figure(runs: Sequence[Summary], path: Path) -> None:
+def plot_statistics(runs: Sequence[Summary], path: Path) -> None:
     """Write `<path>.png` and `<path>.svg`."""
     figure = Figure(figsize=(15, 9), layout="constrained")
     thresholds, definitions, heads, mass, stable, places = figure.subplots(2, 3).flat
@@ -34,7 +34,7 @@ def draw_figure(runs: Sequence[Summary], path: Path) -> None:
     _heads(heads, runs)
     _shares(mass, runs, {"mass_anchors": "attention\non anchors", "mass_best": "most\npossible"})
     mass.set_title("share of the [CLS] attention")
-    kept = {f"{view}_kept_0": view for view in VIEWS} | {"other_kept_0": "another\npicture"}
+    kept = {f"{view}_kept_0": view for view in VIEWS} | {"other_kept_0": "another\nimage"}
     _shares(stable, runs, kept)
     stable.set_title("anchors kept in place")
     _places(places, runs[0])
@@ -45,15 +45,11 @@ def draw_figure(runs: Sequence[Summary], path: Path) -> None:
     save(figure, path, dpi=130)
 
 
-def _colours(number: int) -> list[tuple]:
-    return [colormaps["tab10"](place) for place in range(number)]
-
-
 def _thresholds(axes: "Axes", run: Summary) -> None:
     shades = colormaps["viridis"](np.linspace(0, 0.85, len(SHARES)))
     for share, shade in zip(SHARES, shades, strict=True):
-        levels = [run.levels[overlap_name(*MAIN, share, other)] for other in SHARES]
-        _curve(axes, levels, shade, f"best {share:.0%}")
+        estimates = [run.estimates[overlap_name(*MAIN, share, other)] for other in SHARES]
+        _curve(axes, estimates, shade, f"best {share:.0%}")
     _chance_line(axes)
     axes.set(title=f"{run.name}: {MAIN[0]} against {MAIN[1]}", xlabel="salient patches, % of all")
     axes.set_ylabel("of the activated patches, % salient")
@@ -62,21 +58,21 @@ def _thresholds(axes: "Axes", run: Summary) -> None:
 
 def _definitions(axes: "Axes", runs: Sequence[Summary]) -> None:
     """Every run by the main pair; the first run also by the other scores of activation, dashed."""
-    for run, colour in zip(runs, _colours(len(runs)), strict=True):
-        _curve(axes, [run.levels[overlap_name(*MAIN, share, share)] for share in SHARES], colour)
+    for place, run in enumerate(runs):
+        _curve(axes, [run.estimates[overlap_name(*MAIN, share, share)] for share in SHARES], f"C{place}")
     styles = [":", "--", "-.", (0, (1, 3))]
     for activation, style in zip([name for name in ACTIVATIONS if name != MAIN[0]], styles, strict=True):
-        levels = [runs[0].levels[overlap_name(activation, MAIN[1], share, share)] for share in SHARES]
-        axes.plot(PER_CENT, [100 * level.mean for level in levels], color="black", ls=style, lw=1, label=activation)
+        estimates = [runs[0].estimates[overlap_name(activation, MAIN[1], share, share)] for share in SHARES]
+        axes.plot(PER_CENT, [100 * each.mean for each in estimates], color="black", ls=style, lw=1, label=activation)
     _chance_line(axes)
     axes.set(title="equal shares: runs, and other scores", xlabel="activated = salient patches, % of all")
     axes.set_ylabel("overlap, %")
     axes.legend(title=f"{runs[0].name}, by", fontsize="small", frameon=False, loc="lower right")
 
 
-def _curve(axes: "Axes", levels: Sequence[Level], colour: tuple, label: str | None = None) -> None:
-    axes.plot(PER_CENT, [100 * level.mean for level in levels], "o-", color=colour, label=label, markersize=4)
-    low, high = ([100 * getattr(level, end) for level in levels] for end in ("low", "high"))
+def _curve(axes: "Axes", estimates: Sequence[Estimate], colour: Any, label: str | None = None) -> None:
+    axes.plot(PER_CENT, [100 * each.mean for each in estimates], "o-", color=colour, label=label, markersize=4)
+    low, high = ([100 * getattr(each, end) for each in estimates] for end in ("low", "high"))
     axes.fill_between(PER_CENT, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -89,36 +85,29 @@ def _chance_line(axes: "Axes") -> None:
 
 
 def _heads(axes: "Axes", runs: Sequence[Summary]) -> None:
-    num_heads = runs[0].settings["num_heads"]
-    columns = np.arange(1, num_heads + 1)
-    for place, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
-        levels = [run.levels.get(f"heads_{heads}", Level(0.0)) for heads in columns]
-        mean, low, high = (np.array([level[end] for level in levels]) for end in range(3))
-        x, error = columns + _shift(place, len(runs)), np.nan_to_num([mean - low, high - mean])
-        axes.bar(x, mean, 0.8 / len(runs), color=colour)
-        axes.errorbar(x, mean, yerr=error, fmt="none", ecolor="black", capsize=2, lw=1)
-    expected = [runs[0].levels[f"heads_{heads}"].chance for heads in columns]
-    axes.hlines(expected, columns - 0.4, columns + 0.4, color=CHANCE, lw=2)
-    axes.set(
-        title="patches shared by heads (grey: independent heads)", xlabel="heads that have the patch in their best"
-    )
-    axes.set(ylabel="patches an image", yscale="log", ylim=(1e-2, None))
-    axes.set_xticks(columns)
+    columns = {f"heads_{heads}": str(heads) for heads in range(1, runs[0].settings["num_heads"] + 1)}
+    _bars(axes, runs, columns, 1)
+    axes.set(title="patches shared by heads (grey: independent heads)")
+    axes.set(xlabel="heads that have the patch in their best", ylabel="patches an image", yscale="log")
+    axes.set_ylim(1e-2, None)
 
 
 def _shares(axes: "Axes", runs: Sequence[Summary], names: dict[str, str]) -> None:
-    columns = np.arange(len(names))
-    width = 0.4 / len(runs)
-    for place, (run, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True)):
-        levels = [run.levels[name] for name in names]
-        x = columns + _shift(place, len(runs))
-        mean, low, high, _, chance = (100 * np.array(values) for values in zip(*levels, strict=True))
-        axes.bar(x, mean, 2 * width, color=colour, label=run.name)
-        error = np.nan_to_num([mean - low, high - mean])
-        axes.errorbar(x, mean, yerr=error, fmt="none", ecolor="black", capsize=2, lw=1)
-        axes.hlines(chance, x - width, x + width, color=CHANCE, lw=2)
-    axes.set_xticks(columns, list(names.values()))
+    _bars(axes, runs, names, 100)
     axes.set(ylabel="%", ylim=(0, 100))
+
+
+def _bars(axes: "Axes", runs: Sequence[Summary], names: dict[str, str], scale: float) -> None:
+    """A group of bars a measure, a bar a run, each with its interval and what is expected by chance."""
+    width = 0.8 / len(runs)
+    for place, run in enumerate(runs):
+        x = np.arange(len(names)) + (place - (len(runs) - 1) / 2) * width
+        estimates = np.array([run.estimates.get(name, Estimate(0.0)) for name in names]) * scale
+        mean, low, high, _, chance = estimates.T
+        axes.bar(x, mean, width, color=f"C{place}", label=run.name)
+        axes.errorbar(x, mean, np.nan_to_num([mean - low, high - mean]), fmt="none", ecolor="black", capsize=2, lw=1)
+        axes.hlines(chance, x - width / 2, x + width / 2, color=CHANCE, lw=2)
+    axes.set_xticks(np.arange(len(names)), list(names.values()))
 
 
 def _places(axes: "Axes", run: Summary) -> None:
@@ -130,7 +119,3 @@ def _places(axes: "Axes", run: Summary) -> None:
     axes.set_xlabel(f"% of images with an anchor there; {even:.1f} if even")
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _shift(place: int, number: int) -> float:
-    return (place - (number - 1) / 2) * 0.8 / number

@@ -20,43 +20,43 @@ from acformer.viz.sources import token_sources
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class AnswerAttention:
     """An answer, and where its words looked.
 
     layers: the M middle layers, from 1, of num_layers. maps: (M, N) share of each patch in what a layer reads of the
     image; a row and `prefix`, what the [CLS] and register tokens get, sum to 1. image_share: (M,) how much of the
-    attention goes to the image at all. alike: (N,) a row of `maps`, if all visual tokens were read alike.
+    attention goes to the image at all. uniform: (N,) a row of `maps`, if all visual tokens were read alike.
     """
 
     question: str
     answer: str
-    picture: Image.Image
+    image: Image.Image
     anchors: Anchors
     num_tokens: int
     layers: tuple[int, ...]
     num_layers: int
     maps: Float[Tensor, "M N"]
     image_share: Float[Tensor, "M"]
-    alike: Float[Tensor, "N"]
+    uniform: Float[Tensor, "N"]
 
     @property
-    def read(self) -> Float[Tensor, "N"]:
+    def mean_map(self) -> Float[Tensor, "N"]:
         """The mean of the layers' maps."""
         return self.maps.mean(dim=0)
 
     def overlap(self) -> dict[str, float]:
         """How much of what is read lies on the anchors.
 
-        on_anchors: share of the anchors in the patches' part of `read`. alike: the same of `self.alike`, which is the
+        on_anchors: share of the anchors in the patches' part of `mean_map`. alike: the same of `uniform`, which is the
         connector's doing and no choice of the language model. chance: the anchors' share of the area. most_read: share
         of the most-read patches, as many as there are anchors, that are anchors; its chance level is the same.
         """
         indices = list(self.anchors.indices)
-        most_read = set(self.read.topk(len(indices)).indices.tolist())
+        most_read = set(self.mean_map.topk(len(indices)).indices.tolist())
         return {
-            "on_anchors": float(self.read[indices].sum() / self.read.sum()),
-            "alike": float(self.alike[indices].sum() / self.alike.sum()),
-            "chance": len(indices) / len(self.read),
+            "on_anchors": float(self.mean_map[indices].sum() / self.mean_map.sum()),
+            "alike": float(self.uniform[indices].sum() / self.uniform.sum()),
+            "chance": len(indices) / len(self.mean_map),
             "most_read": len(most_read & set(indices)) / len(indices),
         }
 
@@ -71,13 +71,13 @@ class Reading:
             "layers": self.layers,
             "num_layers": self.num_layers,
             "image_share_by_layer": self.image_share.tolist(),
-            "prefix_share": float(1 - self.read.sum()),
+            "prefix_share": float(1 - self.mean_map.sum()),
             "overlap": self.overlap(),
-            "read": self.read.tolist(),
+            "read": self.mean_map.tolist(),
         }
 
 
-def read_answer(
+def attend_to_answer(
     model: AcFormerForConditionalGeneration,
     processor: AcFormerProcessor,
     image: ImageSource,
@@ -86,7 +86,7 @@ def read_answer(
     num_visual_tokens: int | None = None,
     num_anchors: int | None = None,
     max_new_tokens: int = 32,
-) -> Reading:
+) -> AnswerAttention:
     """Let the model answer, then see where the answer's words looked.
 
     With a_mt the attention from the positions that an answer's words were told from to visual token t in layer m
@@ -101,38 +101,38 @@ def read_answer(
 
     Raises:
         UsageError: no image tokens in the sequence (a fusion other than `concat`), a connector that cannot be mapped
-            back, an encoder without anchors, an answer without a word. ImageError: a picture that cannot be read.
+            back, an encoder without anchors, an answer without a word. ImageError: an image that cannot be read.
     """
     if model.config.fusion != "concat":
         raise UsageError(f"what an answer reads can be shown for fusion concat alone, not for {model.config.fusion}")
-    picture = load_image(image)
-    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"].to(model.device)
+    loaded = load_image(image)
+    pixels = processor.image_processor(loaded, return_tensors="pt")["pixel_values"].to(model.device)
     with torch.inference_mode():
         features = model.get_vision_features(pixels)
     images = {"vision_features": features, "num_visual_tokens": num_visual_tokens}
-    told, said = _answer(model, processor, question, images, max_new_tokens)
-    special = torch.tensor(processor.tokenizer.all_special_ids, device=said.device)
-    words = (~torch.isin(said, special)).nonzero()[:, 0] + len(told)
+    prompt, answer = _answer(model, processor, question, images, max_new_tokens)
+    special = torch.tensor(processor.tokenizer.all_special_ids, device=answer.device)
+    words = (~torch.isin(answer, special)).nonzero()[:, 0] + len(prompt)
     if not len(words):
         raise UsageError(f"the model answers {question!r} without a word, so there is nothing to show")
-    attention = _attention(model, torch.cat([told, said])[: int(words[-1])], images)
-    places = (told == model.config.image_token_id).nonzero()[:, 0]
-    on_image = attention[:, words - 1][..., places].mean(dim=1)
+    attention = _attention(model, torch.cat([prompt, answer])[: int(words[-1])], images)  # (M, L, L)
+    image_places = (prompt == model.config.image_token_id).nonzero()[:, 0]
+    on_image = attention[:, words - 1][..., image_places].mean(dim=1)  # (M, T): a word is predicted one place before it
     share = on_image.sum(dim=1)
     sources = token_sources(model.model.connector, features, num_visual_tokens).to(on_image)
-    sources = sources[:, features.num_prefix_tokens :]
+    sources = sources[:, features.num_prefix_tokens :]  # (T, N)
     num_layers = model.config.text_config.num_hidden_layers
-    return Reading(
+    return AnswerAttention(
         question=question,
-        answer=decode(processor, said.unsqueeze(0))[0],
-        picture=picture,
+        answer=decode(processor, answer.unsqueeze(0))[0],
+        image=loaded,
         anchors=anchors_of(features, num_anchors),
-        num_tokens=len(places),
+        num_tokens=len(image_places),
         layers=tuple(layer + 1 for layer in middle(num_layers)),
         num_layers=num_layers,
         maps=(on_image / share.unsqueeze(1) @ sources).cpu(),
         image_share=share.cpu(),
-        alike=sources.mean(dim=0).cpu(),
+        uniform=sources.mean(dim=0).cpu(),
     )
 
 
@@ -144,13 +144,13 @@ def _answer(
     max_new_tokens: int,
 ) -> tuple[Int[Tensor, "L"], Int[Tensor, "W"]]:
     """The ids of the prompt and of the answer, which holds no image token."""
-    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     placeholders = processor.count_placeholders(images["num_visual_tokens"])
-    told = torch.tensor(encode_prompt(processor, prompt, num_placeholders=placeholders), device=model.device)
+    prompt = torch.tensor(encode_prompt(processor, messages, num_placeholders=placeholders), device=model.device)
     options = generation_options(processor, max_new_tokens) | {"suppress_tokens": [model.config.image_token_id]}
     with torch.inference_mode():
-        ids = model.generate(told[None], attention_mask=torch.ones_like(told[None]), **images, **options)[0]
-    return told, ids[len(told) :]
+        ids = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **images, **options)[0]
+    return prompt, ids[len(prompt) :]
 
 
 def middle(num_layers: int) -> range:
