@@ -186,7 +186,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__fil
 def command(model_folder, root, out, *options):
     """A run of 23 questions, one at a time, in a process of its own."""
     arguments = ["eval", str(model_folder), "--data", "pope", "--root", str(root), "--out", str(out), "--quiet"]
-    return ["-m", "acformer.cli", *arguments, "--batch-size", "1", *options]
+    return ["-m", "acformer.cli", *arguments, "--batch-size", "1", "--max-new-tokens", "24", *options]
 
 
 def finish(arguments):
@@ -232,8 +232,8 @@ def test_torchrun_shares_the_questions(model_folder, tmp_path):
     root = tmp_path / "published"
     write("pope", root)
     port = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
-    both = command(model_folder, root, tmp_path / "both", "--max-new-tokens", "3")
+    both = command(model_folder, root, tmp_path / "both")
     told = finish([*port, *both])
     assert told.count("pope ") == 1, "one process prints"
-    finish(command(model_folder, root, tmp_path / "alone", "--max-new-tokens", "3"))
+    finish(command(model_folder, root, tmp_path / "alone"))
     assert predictions(tmp_path / "both/pope/5-tokens") == predictions(tmp_path / "alone/pope/5-tokens")
