@@ -65,9 +65,8 @@ def evaluate_benchmark(
         max_new_tokens: another number than the benchmark's.
 
     Returns:
-        For each budget what `score_answers` gives, and `visual_tokens`, `vision_tokens`, `first_token_ms`,
-        `kv_bytes_image`; `score` is None where the right answers are not published. Of all processes the first returns
-        them, the others nothing.
+        For each budget what `score_answers` gives and what the answers cost, see `Job.costs`; with `score` None where
+        the right answers are not published. The first of several processes returns them, the others nothing.
 
     Raises:
         DataError: files or images that are missing; answers of another run in the folder.
@@ -86,7 +85,7 @@ def evaluate_benchmark(
             answers = job.run(path, model_name, batch_size, processes, progress)
             if processes.rank == 0:
                 answered = Answered(benchmark, folder, questions, answers, protocol)
-                result = {**_score(answered), "model": model_name, **job.costs()}
+                result = {**_score(answered), "model": model_name, "limit": limit, **job.costs()}
                 write_text(path / "scores.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
                 results.append(result)
     return results
@@ -225,13 +224,14 @@ class Job:
         ]
 
     def costs(self) -> dict[str, Any]:
-        """Visual tokens an image, of how many of the encoder's; milliseconds to the first token; keys and values."""
+        """Connector, visual tokens an image and the encoder's, milliseconds to the first token, bytes of the KV cache."""
         model, processor = self.parts
         config = model.config.text_config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * head * model.dtype.itemsize
         return {
+            "connector": model.config.connector,
             "visual_tokens": self.visual_tokens,
             "vision_tokens": model.config.num_vision_tokens,
             "first_token_ms": self._first_token_ms(),
