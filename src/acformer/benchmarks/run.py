@@ -224,7 +224,7 @@ class Job:
         ]
 
     def costs(self) -> dict[str, Any]:
-        """Connector, visual tokens an image and the encoder's, milliseconds to the first token, bytes of the KV cache."""
+        """Connector, visual tokens of an image and the encoder's own, time to the first token, size of the KV cache."""
         model, processor = self.parts
         config = model.config.text_config
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
