@@ -7,7 +7,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test test-embedded test-slow test-benchmarks test-conformance test-compat test-extras check fix docs bench clean
+.PHONY: quickstart test test-embedded test-slow test-benchmarks test-conformance test-compat test-extras test-lmms-eval \
+	check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -22,6 +23,10 @@ test-embedded: $(VENV)/.dev
 # The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook.
 test-extras: $(VENV)-extras/.extras
 	$(VENV)-extras/bin/pytest -m extras --ignore tests/conformance
+
+# lmms-eval's scorers against ours, our model in it, and data sets in parquet.
+test-lmms-eval: $(VENV)-lmms-eval/.lmms-eval
+	$(VENV)-lmms-eval/bin/pytest -m lmms_eval --ignore tests/conformance
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
@@ -98,5 +103,14 @@ $(VENV)-extras/.extras: pyproject.toml constraints.txt
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
 	@touch $@
 
+# It asks for torchvision and thirty more; for images these are enough, and what `pip check` says does no harm.
+$(VENV)-lmms-eval/.lmms-eval: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-lmms-eval
+	$(VENV)-lmms-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_FLAGS) torch
+	$(VENV)-lmms-eval/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,benchmarks]' \
+		loguru sacrebleu evaluate pytz tenacity pytablewriter
+	$(VENV)-lmms-eval/bin/pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras $(VENV)-lmms-eval site .pytest_cache .mypy_cache .ruff_cache

@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import re
+import sys
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from benchmark_files import MMBENCH_HEAD, WRITERS, lines, mmbench_rows, write
@@ -725,3 +728,30 @@ def test_a_spreadsheet_that_is_none(files, capsys, tmp_path):
     book.active.append(["a", "b"])
     book.save(path)
     assert "upload.xlsx holds no answers" in refused(capsys, "score", "mmbench", "--answers", path, "--truth", folder)
+
+
+# A benchmark of a stranger's.
+
+
+def test_a_package_offers_the_benchmark_of_contributing(tmp_path, monkeypatch, capsys):
+    """As an installed package, by its entry point."""
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page.partition("## Add a benchmark")[2], re.DOTALL)
+    (line,) = re.findall(r"\nai2d = .*", page)
+    about = tmp_path / "site/mine-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[acformer.benchmarks]\nai2d = acformer_ai2d:AI2D\n")
+    assert "my_package.ai2d:AI2D" in line
+    (tmp_path / "site/acformer_ai2d.py").write_text(f"{code}\nAI2D = Ai2d()\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    asked = [{"id": n, "question": f"Which {n}?", "image": f"{n}.png", "answer": "AB"[n % 2]} for n in range(4)]
+    lines(tmp_path / "ai2d/ai2d_test.jsonl", asked)
+    answers = [{"question_id": n, "prompt": f"Which {n}?", "text": "A"} for n in range(4)]
+    path = lines(tmp_path / "answers.jsonl", answers)
+    try:
+        code, out, err = run(capsys, "score", "ai2d", "--answers", path, "--truth", tmp_path / "ai2d")
+        assert (code, out.startswith("ai2d 50.00 [")) == (0, True), err
+    finally:
+        BENCHMARKS.pop("ai2d", None)
+        sys.modules.pop("acformer_ai2d", None)

@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from acformer.evaluate.generate import answer, ask
 from acformer.evaluate.report import as_reply, evaluate, evaluation_samples, training_questions
 from acformer.evaluate.scorers import (
     accuracy_by_kind,
+    bootstrap,
     exact_match,
     interval,
     most_frequent,
@@ -297,3 +299,11 @@ def test_data_that_cannot_be_scored(tmp_path, data):
     data.write_text(json.dumps(records))
     with pytest.raises(DataError, match="records are bad"):
         evaluation_samples(str(data))
+
+
+def test_a_bootstrap_of_many_groups_is_drawn_piece_by_piece(monkeypatch):
+    """The same draws, whatever is held at once."""
+    counts = np.random.default_rng(1).integers(0, 2, size=(101, 2)).astype(float)
+    whole = bootstrap(counts, lambda sums: sums[..., 0], draws=50)
+    monkeypatch.setattr("acformer.evaluate.scorers.MAX_PICKS", 300)
+    assert bootstrap(counts, lambda sums: sums[..., 0], draws=50) == whole

@@ -1,6 +1,6 @@
 """A score as a person reads it: a headline, the doubts, and the parts as tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -22,6 +22,34 @@ def score_text(result: Mapping[str, Any]) -> str:
     if "against" in result:
         lines.append(_against(result["against"]))
     return "\n".join([*lines, *_parts(result["parts"])])
+
+
+def budget_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each number of visual tokens, of what `evaluate_benchmark` gives."""
+    head = ("tokens", "score", "95 % interval", "visual tokens", "first token", "keys and values")
+    rows = [head, *map(_budget_row, results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    first = results[0]
+    what = f"{first['benchmark']}, {first['metric']}" if first["score"] is not None else first["benchmark"]
+    return "\n".join([what, *lines])
+
+
+def _budget_row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    if result["score"] is None:
+        score, interval = "not published", ""
+    else:
+        low, high = result["interval"]
+        score, interval = f"{result['score']:.2f}", f"{low:.2f} to {high:.2f}"
+    first, size = result["first_token_ms"], result["kv_bytes_image"] / 2**20
+    return (
+        str(result["visual_tokens"]),
+        score,
+        interval,
+        f"{result['visual_tokens']} of {result['vision_tokens']}",
+        "" if first is None else f"{first:.0f} ms",
+        f"{size:.2f} MiB",
+    )
 
 
 def _unparsed(result: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Arguments that several commands take, and the types that check them."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ ENCODER = "embedded:dinov2-s14"
 ENCODER_HELP = f"encoder: {ENCODER} (default), hub name, folder, timm:NAME, open_clip:NAME@WEIGHTS"
 
 
-def add_model(sub: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """A model, and how it answers."""
+def add_model(
+    sub: argparse.ArgumentParser, max_new_tokens: int | None, tokens: Callable[[str], Any] | None = None
+) -> None:
+    """A model, and how it answers; `tokens` is the type of `--tokens`, a positive number if not given."""
     sub.add_argument("model", help="a model folder, a run's folder or a hub name")
-    sub.add_argument("--tokens", type=positive, help="visual tokens an image, where the connector can choose")
+    sub.add_argument("--tokens", type=tokens or positive, help="visual tokens an image, where the connector can choose")
     sub.add_argument("--max-new-tokens", type=positive, default=max_new_tokens)
     sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
     add_device(sub)
@@ -36,6 +39,11 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, with commas between."""
+    return [positive(part) for part in text.split(",")]
 
 
 def picture(text: str) -> Path:

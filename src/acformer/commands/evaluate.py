@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from acformer.commands.arguments import add_model, load, positive
+from acformer.commands.arguments import add_model, load, numbers, positive
+from acformer.errors import UsageError
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("eval", parents=[common], help="answer a data set and score the answers")
-    add_model(sub, max_new_tokens=16)
-    names = "easy-vqa, openmoji-scenes[-small][:PART], or a LLaVA / chat JSON file (default easy-vqa)"
-    sub.add_argument("--data", default="easy-vqa", help=names)
+    add_model(sub, max_new_tokens=None, tokens=numbers)
+    names = "easy-vqa, openmoji-scenes[-small][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
+    sub.add_argument("--data", default="easy-vqa", help=f"{names} (default easy-vqa)")
+    sub.add_argument("--root", type=Path, help="of a benchmark: the folder of its published files, images among them")
+    sub.add_argument("--protocol", default="llava", help="of a benchmark: llava (default), lmms-eval or official")
     sub.add_argument("--out", type=Path, help="where predictions and scores go (default MODEL/eval)")
     sub.add_argument("--limit", type=positive, help="only the first questions")
     sub.add_argument("--batch-size", type=positive, default=32)
@@ -22,7 +25,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """The scores as JSON."""
+    """The scores: as JSON, of a benchmark as text, or as a table of several numbers of visual tokens."""
+    from acformer.benchmarks import BENCHMARKS
+
+    if arguments.data in BENCHMARKS.names():
+        return _benchmark(arguments)
+    if arguments.tokens and len(arguments.tokens) > 1:
+        raise UsageError("several numbers of --tokens are for benchmarks (--data pope --root FOLDER)")
     from acformer.evaluate.report import evaluate
 
     out = arguments.out or Path(arguments.model) / "eval"
@@ -31,10 +40,34 @@ def run(arguments: argparse.Namespace) -> str:
         arguments.data,
         out,
         limit=arguments.limit,
-        num_visual_tokens=arguments.tokens,
+        num_visual_tokens=arguments.tokens[0] if arguments.tokens else None,
         batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or 16,
         progress=not arguments.quiet,
     )
     sys.stderr.write(f"predictions: {out / 'predictions.jsonl'}\n")
     return json.dumps(scores, indent=1)
+
+
+def _benchmark(arguments: argparse.Namespace) -> str:
+    if arguments.root is None:
+        raise UsageError(f"--data {arguments.data} is a benchmark: --root says in which folder its files are")
+    from acformer.benchmarks.run import evaluate_benchmark
+    from acformer.benchmarks.score_text import budget_table, score_text
+
+    out = arguments.out or Path(arguments.model) / "eval"
+    results = evaluate_benchmark(
+        load(arguments),
+        arguments.data,
+        arguments.root,
+        out,
+        budgets=arguments.tokens or (None,),
+        model_name=arguments.model,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        protocol=arguments.protocol,
+        progress=not arguments.quiet,
+    )
+    sys.stderr.write(f"predictions and scores: {out}\n")
+    return "\n\n".join([*map(score_text, results[:1]), budget_table(results)]) if results else ""

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from acformer.commands.arguments import positive
+from acformer.errors import UsageError
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("reproduce", parents=[common], help="train and score every row of a table of the paper")
-    sub.add_argument("table", help="table3, table4 or figure1")
+    sub.add_argument("table", help="table3, table4 or figure1; with --scores table1 to table5")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the scale's recipe; needs --name")
     sub.add_argument("--name", help="of the table, where it is not the paper's: results go to OUT/NAME-SCALE")
     sub.add_argument(
@@ -24,11 +25,18 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("results"), help="tables go to OUT/TABLE-SCALE")
     sub.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="where models lie while they are made")
     sub.add_argument("--keep-models", action="store_true", help="do not delete a model when its scores are known")
+    sub.add_argument("--scores", type=Path, help="no training: scores of benchmarks in a folder beside the paper's")
     sub.set_defaults(run=run, resumable=True)
 
 
 def run(arguments: argparse.Namespace) -> str:
     """The table; an error if a run failed."""
+    if arguments.scores is not None:
+        from acformer.lab.reproduce.paper_tables import beside_the_paper
+
+        return beside_the_paper(arguments.table, arguments.scores)
+    if arguments.table in ("table1", "table2", "table5"):
+        raise UsageError(f"{arguments.table} is not trained here: --scores FOLDER puts scores beside the paper's")
     from acformer.lab.reproduce.plans import plan_for
 
     plan = plan_for(  # before torch, as in `train`
