@@ -23,8 +23,8 @@ from acformer.lab.bench.connector import connector_variants
 from acformer.lab.bench.generate import STEPS, generation, parts
 from acformer.lab.bench.settings import READS, Settings, read, resolve
 from acformer.lab.bench.timing import Rates, Timings, Variant, measure
-from acformer.lab.bench.watch import Watch
 from acformer.lab.commands import bench as bench_command
+from acformer.training.watch import Watch
 from acformer.vision.cls_attention import cls_row
 from acformer.vision.encoder import VisionEncoder, truncate
 

@@ -3,6 +3,6 @@
 Their modules import nothing heavy before `run`, so that `--help` and a typo are answered at once.
 """
 
-from acformer.commands import anchors, ask, connectors, evaluate, fetch, train
+from acformer.commands import anchors, ask, connectors, evaluate, fetch, plan, train
 
-COMMANDS = (fetch, train, evaluate, ask, anchors, connectors)
+COMMANDS = (fetch, plan, train, evaluate, ask, anchors, connectors)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from acformer.lab.bench.watch import Watch
+from acformer.training.watch import Watch
 
 SHORTEST = 0.01
 """Seconds: what takes less is run several times for one measurement."""
