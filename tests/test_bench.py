@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from acformer.training.peak_memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -21,7 +22,6 @@ from acformer.lab.bench import growth, harness, presets, release_baseline, resul
 from acformer.lab.bench import settings as settings_module
 from acformer.lab.bench.connector import connector_variants
 from acformer.lab.bench.generate import STEPS, generation, parts
-from acformer.lab.bench.peak_memory import PeakMemory
 from acformer.lab.bench.settings import ARGUMENTS, Settings, given_arguments, resolve
 from acformer.lab.bench.timing import MeasuredPeak, Timings, Variant, measure
 from acformer.lab.commands import bench as bench_command

@@ -97,7 +97,7 @@ def imported(*arguments: str) -> set[str]:
 
 
 COMMANDS = ["quickstart", "fetch", "train", "eval", "score", "ask", "anchors", "visualize", "stats", "demo"]
-COMMANDS += ["connectors", "selectors", "bench", "reproduce"]
+COMMANDS += ["connectors", "selectors", "bench", "reproduce", "plan"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -107,6 +107,7 @@ def test_help_imports_nothing_heavy(command):
 
 def test_a_typo_is_told_before_torch_is_imported():
     assert imported("train", "tinny") == set()
+    assert imported("plan", "tinny") == set()
     assert imported("anchors", "/no/such/picture.png") <= {"numpy"}
 
 

@@ -20,6 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from acformer.errors import UsageError, unknown_name
+from acformer.training.lora import LoraSpec, check_adapters
 from acformer.training.strict_yaml import LIMIT, parse_yaml
 
 STAGES = ("pretrain", "finetune")
@@ -65,7 +66,8 @@ class StageSpec:
     template: for this stage's data only (`plain` in stage 1); default the model's. max_bad_fraction: of the
     records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
     many records of one image stand together in a batch, and the connector runs once for them. elastic: [low, high],
-    every step draws its number of visual tokens from this range (`acformer.training.elastic`).
+    every step draws its number of visual tokens from this range (`acformer.training.elastic`). lora: adapters of the
+    language model instead of its own weights. quantize: `nf4` or `int8`, its frozen weights in few bits.
     """
 
     data: str
@@ -77,6 +79,8 @@ class StageSpec:
     max_length: int = 2048
     group: int = 1
     elastic: list | None = None
+    lora: LoraSpec | None = None
+    quantize: str | None = None
     max_bad_fraction: float = 0.01
 
 
@@ -192,7 +196,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
     allowed = tuple(get_origin(kind) or kind for kind in kinds)
     for kind in allowed:
-        if kind in (ModelSpec, StageSpec) and isinstance(value, Mapping):
+        if kind in (ModelSpec, StageSpec, LoraSpec) and isinstance(value, Mapping):
             return _build(kind, value, f"{path}.")
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -245,6 +249,7 @@ def _check_stage(stage: str, spec: StageSpec) -> None:
         if not (type(low) is int and type(high) is int and 1 <= low <= high):
             raise UsageError(f"{stage}.elastic must be [low, high], two numbers of visual tokens, got {spec.elastic}")
     _check_range(f"{stage}.max_bad_fraction", spec.max_bad_fraction, 0, 1)
+    check_adapters(stage, spec.lora, spec.quantize, spec.learning_rates)
 
 
 def _check_range(path: str, value: float | None, low: float, high: float = math.inf) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from acformer.lab.bench.peak_memory import PeakMemory
 from acformer.lab.bench.settings import Settings
+from acformer.training.peak_memory import PeakMemory
 
 Result = dict[str, Any]
 """A row of a bench: labels, then figures."""
