@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from acformer.hf import AcFormerForConditionalGeneration
+from acformer.training.peak_memory import PeakMemory
 from acformer.training.skeleton import replace_weights
 
 aten = torch.ops.aten
