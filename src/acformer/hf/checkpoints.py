@@ -18,7 +18,7 @@ from transformers import Trainer
 from acformer.errors import CheckpointError
 from acformer.files import file_sha256
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.vision.encoder import loading
+from acformer.vision.load import loading
 
 MANIFEST = "manifest.json"
 

@@ -13,7 +13,7 @@ from acformer.lab.bench.presets import fresh
 from acformer.lab.bench.report import Row
 from acformer.lab.bench.settings import Settings
 from acformer.lab.bench.timing import Variant, measure
-from acformer.vision.encoder import VisionEncoder, size_kwargs, truncate
+from acformer.vision.encoder import VisionEncoder, tower_inputs, truncate
 
 VARIANTS = ("plain", "cls_row", "anchors", "all_layers", "authors")
 
@@ -49,14 +49,14 @@ def encoder_variants(
     plain, encoder = truncate(sharing(tower), feature_layer), VisionEncoder(sharing(tower), feature_layer)
     eager = sharing(tower)
     eager.set_attn_implementation("eager")
-    sizes = size_kwargs(config, pixels)
+    inputs = tower_inputs(config, pixels)
     to_layer, row = encoder_flops(config, (h, w), feature_layer), cls_row_flops(config, (h, w))
     whole = encoder_flops(config, (h, w))
     return {
-        "plain": Variant(lambda: plain(pixels, **sizes), batch * to_layer),
+        "plain": Variant(lambda: plain(**inputs), batch * to_layer),
         "cls_row": Variant(lambda: encoder(pixels), batch * (to_layer + row)),
         "anchors": Variant(lambda: ours(encoder, pixels, num_anchors), batch * (to_layer + row)),
-        "all_layers": Variant(lambda: tower(pixels, **sizes), batch * whole),
+        "all_layers": Variant(lambda: tower(**inputs), batch * whole),
         "authors": Variant(lambda: theirs(eager, pixels, feature_layer, num_anchors), batch * whole),
     }
 

@@ -39,7 +39,8 @@ from acformer.lab.figures.sheet import (
     rows,
     shortened,
 )
-from acformer.vision.encoder import load_vision_encoder, num_blocks, require_whole_patches
+from acformer.vision.encoder import load_vision_encoder, num_blocks
+from acformer.vision.families import require_whole_patches
 from acformer.viz.find import Anchors, anchors_of
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ def see(picture: Image.Image, encoder: VisionEncoder, image_processor: Any, imag
     pictures = [square, *(view.change(square) for view in VIEWS.values())]
     pixels = image_processor(pictures, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
-        features = encoder(pixels.to(next(encoder.parameters()).device))
+        features = encoder(pixels)
     kept = {name: value.float().cpu() for name, value in features.arrays.items()}
     return features._replace(**kept)
 
