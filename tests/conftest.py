@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -16,6 +17,7 @@ from typed import check_types
 
 import acformer.connectors
 from acformer.connectors import Connector, Geometry
+from acformer.vision.families import ENCODERS
 from acformer.vision.features import VisionFeatures
 
 settings.register_profile("acformer", deadline=None, derandomize=True, database=None)
@@ -27,14 +29,13 @@ _typed = [
     "acformer.anchors.search",
     "acformer.vision.cls_attention",
     "acformer.vision.encoder",
-    "acformer.vision.families",
     "acformer.vision.features",
     "acformer.connectors",
     *_connector_files,
 ]
 check_types(*map(import_module, _typed))
 
-FAMILIES = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
+FAMILIES = [name for name in ENCODERS if name in CONFIG_MAPPING]  # an older transformers may lack some
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -57,7 +58,7 @@ def make_tower() -> Callable[..., PreTrainedModel]:
 
     def make(family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **fields: Any) -> PreTrainedModel:
         torch.manual_seed(seed)
-        config = CONFIG_MAPPING[family](**{**TINY, **fields})
+        config = tiny.vision_config(family, **{**TINY, **fields})
         tower = AutoModel.from_config(config, attn_implementation=attn_implementation).eval()
         with torch.no_grad():
             for parameter in tower.parameters():  # fresh weights are so small that every patch looks the same

@@ -1,7 +1,11 @@
 """The feature cache: what is read back, what an interruption leaves, what it must not mix up."""
 
+import errno
+import json
+import mmap
 import os
 import pickle
+import sys
 from functools import partial
 
 import pytest
@@ -10,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from acformer.data.collate import stack_features
-from acformer.errors import ImageError, UsageError
+from acformer.errors import DataError, ImageError, UsageError
+from acformer.vision import feature_cache
 from acformer.vision.feature_cache import FeatureCache, encoder_key
 
 
@@ -106,7 +111,7 @@ def test_rows_that_are_not_whole_are_encoded_again(model, pictures, tmp_path, na
     for path, tokens in zip(pictures, before, strict=True):
         torch.testing.assert_close(again(path)["tokens"], tokens, rtol=1e-2, atol=1e-2)
         assert again(path)["cls_attention"].any()
-    assert len((cache.folder / "index.txt").read_text().split()) == 5
+    assert len((cache.folder / "index.txt").read_text().splitlines()) == 5
 
 
 def test_rows_added_elsewhere_are_seen_after_adding(model, pictures, tmp_path):
@@ -196,7 +201,7 @@ def test_features_beyond_float16_are_refused(model, pictures, tmp_path):
     assert not (cache.folder / "tokens.bin").exists()
 
 
-def test_levels_are_kept_and_read_back(pictures, tmp_path):
+def test_further_layers_are_kept_and_read_back(pictures, tmp_path):
     model = tiny.model("token_packer")
     connector, image_processor = model.model.connector, tiny.processor().image_processor
 
@@ -249,6 +254,205 @@ def test_what_the_connector_reads_is_part_of_the_key(model):
     }
     assert len(keys) == 5
     assert encoder_key(tower, processor, hidden_layers=(1,)) == encoder_key(tower, processor, hidden_layers=[1])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"hidden_act": "gelu"}, {"num_attention_heads": 2}, {"layer_norm_eps": 1e-3}, {"attention_dropout": 0.5}],
+)
+def test_another_config_is_another_cache(changed, model):
+    """Weights of the same shapes, and other features."""
+    tower, processor = model.model.vision_tower, tiny.processor().image_processor
+    key = encoder_key(tower, processor)
+    for name, value in changed.items():
+        setattr(tower.config, name, value)
+    assert encoder_key(tower, processor) != key
+
+
+def test_where_an_encoder_comes_from_is_not_part_of_the_key(model, tmp_path):
+    tower, processor = model.model.vision_tower, tiny.processor().image_processor
+    key = encoder_key(tower, processor)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).model.vision_tower
+    tower.config._name_or_path, tower.config.transformers_version = "elsewhere", "4.0"
+    tower.set_attn_implementation("eager")
+    assert encoder_key(tower, processor) == encoder_key(again, processor) == key
+
+
+def test_another_feature_layer_or_format_is_another_cache(monkeypatch):
+    processor = tiny.processor().image_processor
+    keys = {encoder_key(tiny.model(feature_layer=layer).model.vision_tower, processor) for layer in (1, 2)}
+    monkeypatch.setattr(feature_cache, "FORMAT", 99)
+    keys.add(encoder_key(tiny.model(feature_layer=2).model.vision_tower, processor))
+    assert len(keys) == 3
+
+
+def test_a_changed_image_is_seen_in_one_process(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    copy = pickle.loads(pickle.dumps(cache))
+    before = cache(pictures[0])["tokens"].clone()
+    tiny.picture(7).save(pictures[0])
+    for reader in (cache, copy):
+        with pytest.raises(ImageError, match=r"it has changed since it was added to the cache"):
+            reader(pictures[0])
+    pictures[0].write_bytes(pictures[1].read_bytes())
+    assert torch.equal(copy(pictures[0])["tokens"], cache(pictures[1])["tokens"]), "an image that is known"
+    tiny.picture(7).save(pictures[0])
+    cache.add(pictures, progress=False)
+    assert len(cache.rows) == 6
+    assert not torch.equal(cache(pictures[0])["tokens"], before)
+    pictures[0].unlink()
+    assert cache(pictures[0])["tokens"].any(), "an image may go once it is encoded"
+
+
+def test_an_image_that_did_not_change_is_hashed_once(model, pictures, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(feature_cache, "file_sha256", lambda path: hashed.append(path) or path.stem * 64)
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    cache.add(pictures, progress=False)
+    cache(pictures[0])
+    assert hashed == pictures
+
+
+@pytest.mark.parametrize("name", ["tokens", "cls_attention"])
+def test_a_damaged_row_is_named(model, pictures, tmp_path, name):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    path = cache.folder / f"{name}.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 5 + 1] ^= 1  # a bit of the fourth row
+    path.write_bytes(content)
+    again = cache_of(model, tmp_path / "cache")
+    again.add(pictures, progress=False)
+    for number in (0, 1, 2, 4):
+        assert again(pictures[number])
+    with pytest.raises(ImageError, match=rf"features of {pictures[3]} are damaged: delete {cache.folder} and"):
+        again(pictures[3])
+
+
+def test_a_row_is_verified_once(model, pictures, tmp_path, monkeypatch):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    checked = []
+    checksum = feature_cache._checksum
+    monkeypatch.setattr(feature_cache, "_checksum", lambda arrays: checked.append(1) or checksum(arrays))
+    for path in (pictures[0], pictures[1], pictures[0]):
+        cache(path)
+    assert len(checked) == 2
+
+
+ODD_SHAPES = ["", "{", "[]", "3", '{"tokens": 5}', '{"tokens": [-17, 32]}', '{"tokens": []}', '{"tokens": [true, 2]}']
+ODD_SHAPES += ['{"tokens": ["17", 32]}', '{"silly": [17, 32]}', '{"tokens": [1e400, 2]}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("shapes", ODD_SHAPES, ids=range(len(ODD_SHAPES)))
+def test_odd_shapes_lead_to_a_new_cache(model, pictures, tmp_path, shapes):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    before = cache(pictures[2])["tokens"].clone()
+    (cache.folder / "shapes.json").write_text(shapes)
+    again = cache_of(model, tmp_path / "cache")
+    assert not again.rows
+    again.add(pictures, progress=False)
+    assert torch.equal(again(pictures[2])["tokens"], before)
+    assert len(cache_of(model, tmp_path / "cache").rows) == 5
+
+
+@pytest.mark.parametrize(
+    "index", [b"", b"no digest\n", b"\xff\xfe\n", b"0" * 64 + b" 0000000g\n", b"\n\n\n\n\n", b"0" * 64]
+)
+def test_an_odd_index_leads_to_a_new_cache(model, pictures, tmp_path, index):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    (cache.folder / "index.txt").write_bytes(index)
+    again = cache_of(model, tmp_path / "cache")
+    assert not again.rows
+    again.add(pictures, progress=False)
+    assert {path.stat().st_size for path in cache.folder.glob("*.bin")} == {5 * 17 * 32 * 2, 5 * 4 * 16 * 4}
+    assert all(again(path) for path in pictures)
+
+
+def test_rows_before_an_odd_line_stay(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    index = cache.folder / "index.txt"
+    lines = index.read_text().splitlines(keepends=True)
+    for odd in ("?\n", lines[0]):  # the digest of the first row a second time
+        index.write_text("".join([*lines[:3], odd, lines[4]]))
+        again = cache_of(model, tmp_path / "cache")
+        assert len(again.rows) == 3
+    again.add(pictures, progress=False)
+    assert all(again(path) for path in pictures)
+
+
+def test_shapes_of_another_encoder_are_one_line(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures[:2], progress=False)
+    shapes = json.loads((cache.folder / "shapes.json").read_text())
+    (cache.folder / "shapes.json").write_text(json.dumps({**shapes, "tokens": [17, 16]}))
+    again = cache_of(model, tmp_path / "cache")
+    again.add(pictures[:2], progress=False)
+    with pytest.raises(ImageError, match="are damaged: delete"):
+        again(pictures[1])
+    with pytest.raises(DataError, match="is damaged: delete it"):
+        again.add(pictures, progress=False)
+
+
+@pytest.mark.parametrize("name", ["shapes.json", "index.txt", "tokens.bin", "lock"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(model, pictures, tmp_path, name):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures[:2], progress=False)
+    (cache.folder / name).unlink()
+    (cache.folder / name).mkdir()
+    with pytest.raises(DataError, match=rf"feature cache {cache.folder} cannot be (read|written): is a directory"):
+        cache_of(model, tmp_path / "cache").add(pictures, progress=False)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_used(model, pictures, tmp_path):
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    os.truncate(cache.folder / "tokens.bin", 100)
+    with pytest.raises(DataError, match=r"cannot be read: tokens\.bin has become shorter"):
+        cache(pictures[4])
+
+
+def test_a_whole_cache_on_a_disk_that_cannot_be_written(model, pictures, tmp_path, monkeypatch):
+    cache_of(model, tmp_path / "cache").add(pictures[:3], progress=False)
+
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    opened = type(tmp_path).open
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    monkeypatch.setattr(
+        "pathlib.Path.open", lambda self, mode="r", *a, **k: (opened if "r" in mode else refuse)(self, mode, *a, **k)
+    )
+    again = cache_of(model, tmp_path / "cache")
+    again.add(pictures[:3], progress=False)
+    assert all(again(path) for path in pictures[:3])
+    with pytest.raises(DataError, match=f"feature cache {again.folder} cannot be written: read-only file system"):
+        again.add(pictures, progress=False)
+    assert again(pictures[0]), "what is there can still be used"
+
+
+def test_elsewhere_than_on_linux(model, pictures, tmp_path, monkeypatch):
+    """Windows has neither MAP_PRIVATE nor MAP_NORESERVE."""
+    cache = cache_of(model, tmp_path / "cache")
+    cache.add(pictures, progress=False)
+    expected = cache(pictures[1])["tokens"].clone()
+    for name in ("MAP_PRIVATE", "PROT_READ", "PROT_WRITE"):
+        monkeypatch.delattr(mmap, name)
+    monkeypatch.setattr(sys, "platform", "win32")
+    again = cache_of(model, tmp_path / "cache")
+    again.add(pictures, progress=False)
+    row = again(pictures[1])["tokens"]
+    assert torch.equal(row, expected)
+    on_disk = (cache.folder / "tokens.bin").read_bytes()
+    row.zero_()
+    assert (cache.folder / "tokens.bin").read_bytes() == on_disk
 
 
 def test_other_weights_or_pixels_are_another_cache(model):

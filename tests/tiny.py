@@ -11,12 +11,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING, BatchFeature, LlavaImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    BatchFeature,
+    LlavaImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from acformer.connectors import connector_options, list_connectors
 from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import train_tokenizer
+from acformer.vision import families
 
 IMAGE_SIZE = 16
 SIZES = {
@@ -42,7 +49,7 @@ def small_options(connector: str) -> dict[str, Any]:
 
 
 CONNECTORS: dict[str, dict[str, Any]] = {name: small_options(name) for name in list_connectors()}
-ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model")
+ENCODERS = [name for name in families.ENCODERS if name in CONFIG_MAPPING]  # an older transformers may lack some
 
 
 @functools.cache
@@ -57,10 +64,20 @@ def processor(num_placeholders: int = 5, image_size: int = IMAGE_SIZE, **kwargs:
     return AcFormerProcessor(image_processor, copy.deepcopy(tokenizer()), num_placeholders=num_placeholders, **kwargs)
 
 
+def vision_config(family: str, **fields: Any) -> PreTrainedConfig:
+    """A vision config of that `model_type`, with those of the fields that it has."""
+    config_class = CONFIG_MAPPING[family]
+    known = {*config_class.__dataclass_fields__, *config_class.attribute_map}
+    side = fields["image_size"]
+    positions = {"num_patches": (side // fields["patch_size"]) ** 2, "max_img_size": 4 * side}  # SigLIP 2's and RADIO's
+    fields = {**positions, **fields}
+    return config_class(**{name: value for name, value in fields.items() if name in known})
+
+
 def config(connector: str = "acformer", vision: str = "clip_vision_model", **kwargs: Any) -> AcFormerConfig:
     """CLIP, `acformer` with 4 anchors and [CLS] (T = 5) and Llama, unless told otherwise."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    tower = CONFIG_MAPPING[vision](**sizes, image_size=IMAGE_SIZE, patch_size=4)
+    tower = vision_config(vision, **sizes, image_size=IMAGE_SIZE, patch_size=4)
     special = {f"{name}_token_id": getattr(tokenizer(), f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = CONFIG_MAPPING["llama"](
         **sizes, num_key_value_heads=2, vocab_size=len(tokenizer()), max_position_embeddings=256, **special

@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> str:
 
     image = load_image(arguments.image)
     from acformer.hf.build import parse_device, square_image_processor
-    from acformer.vision.encoder import load_vision_encoder, require_whole_patches
+    from acformer.vision.encoder import load_vision_encoder
+    from acformer.vision.families import require_whole_patches
     from acformer.viz import draw_anchors, find_anchors
 
     device = parse_device(arguments.device)

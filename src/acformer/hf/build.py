@@ -29,8 +29,8 @@ from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.processing_acformer import IMAGE_TOKEN
-from acformer.vision.encoder import load_tower, loading, pixel_statistics, truncate
-from acformer.vision.families import Tower
+from acformer.vision.encoder import truncate
+from acformer.vision.load import load_tower, loading, pixel_statistics
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
@@ -55,7 +55,7 @@ def build_model(
     """Model and processor out of parts; the connector (and a new language model) start at random.
 
     Args:
-        vision: the image encoder: a hub name, a folder, or `embedded:dinov2-s14`.
+        vision: the image encoder: a hub name, a folder, `embedded:dinov2-s14`, `timm:NAME`, `open_clip:NAME@WEIGHTS`.
         text: the language model: likewise, or a dict that configures a new one (`model_type`, its config's fields).
         connector, connector_kwargs: a name from `list_connectors()` and its options.
         fusion, fusion_kwargs: how they reach the language model: `concat` or `gated_cross_attention`, and options.
@@ -69,7 +69,7 @@ def build_model(
         CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
     """
     weights_dtype = parse_dtype(dtype)
-    tower = load_tower(resolve(vision), weights_dtype)
+    tower = load_tower(vision, weights_dtype)
     if isinstance(text, str):
         tokenizer, language_model = _pretrained_text(resolve(text), weights_dtype)
     else:
@@ -89,7 +89,7 @@ def build_model(
     )
     model = assemble(config, truncate(tower, feature_layer), language_model)
     processor = AcFormerProcessor(
-        square_image_processor(resolve(vision), config.image_size),
+        square_image_processor(tower, config.image_size),
         tokenizer,
         resolve_template(template, tokenizer),
         num_placeholders=config.num_placeholders,
@@ -144,7 +144,7 @@ def parse_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def square_image_processor(vision: str | Tower, image_size: int) -> LlavaImageProcessorPil:
+def square_image_processor(vision: str | PreTrainedModel, image_size: int) -> LlavaImageProcessorPil:
     """LLaVA-1.5's preparation: pad to a square with the mean colour, resize; the encoder's own mean and std."""
     mean, std = pixel_statistics(vision)
     size = {"height": image_size, "width": image_size}

@@ -8,8 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from acformer.connectors import Connector, Geometry, build_connector
 from acformer.hf.fusion import FUSIONS
 from acformer.registry import check_value
-from acformer.vision.encoder import patch_grid
-from acformer.vision.families import num_prefix_tokens
+from acformer.vision.families import image_size, num_prefix_tokens, patch_grid
 
 FIELD_TYPES = {
     "vision_config": dict | PreTrainedConfig | None,
@@ -57,7 +56,7 @@ class AcFormerConfig(PreTrainedConfig):
         self.text_config = _sub_config(self.text_config, "llama")
         self.connector_kwargs = dict(self.connector_kwargs or {})
         self.fusion_kwargs = dict(self.fusion_kwargs or {})
-        self.image_size = self.image_size or self.vision_config.image_size
+        self.image_size = self.image_size or image_size(self.vision_config)
         super().__post_init__(**kwargs)
         # The head belongs to the language model: its config alone says whether it shares the embeddings.
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)

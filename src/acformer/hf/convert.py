@@ -47,8 +47,9 @@ def from_llava(model: LlavaForConditionalGeneration) -> AcFormerForConditionalGe
 
 def _refuse_unsupported(config: PreTrainedConfig) -> None:
     vision = config.vision_config
-    if vision.model_type not in ENCODERS:
-        raise CheckpointError(f"vision encoder {vision.model_type!r} is unsupported; known: {', '.join(ENCODERS)}")
+    if vision.model_type not in ENCODERS.names():
+        known = ", ".join(ENCODERS.names())
+        raise CheckpointError(f"vision encoder {vision.model_type!r} is unsupported; known: {known}")
     if not isinstance(config.vision_feature_layer, int):
         raise CheckpointError(
             f"vision_feature_layer={config.vision_feature_layer} is unsupported: it must be one layer"

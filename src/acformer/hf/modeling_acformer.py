@@ -21,8 +21,7 @@ from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
-from acformer.vision.cls_attention import ClsAttentionTap
-from acformer.vision.encoder import features_from_tap, hidden_layer_blocks, resized, size_kwargs, truncate
+from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
 
 
@@ -129,12 +128,13 @@ class AcFormerModel(AcFormerPreTrainedModel):
 
     def __init__(self, config: AcFormerConfig):
         super().__init__(config)
-        self.vision_tower = truncate(AutoModel.from_config(config.vision_config), config.feature_layer)
+        self.vision_tower = prepare(AutoModel.from_config(config.vision_config), config.feature_layer)
         self.connector = build_connector(config.connector, config.geometry, **config.connector_kwargs)
         self.language_model = AutoModel.from_config(config.text_config)
         self.fusion = build_fusion(config.fusion, self.language_model, **config.fusion_kwargs)
-        hidden_layers = hidden_layer_blocks(config.vision_config, self.connector.hidden_layers, config.feature_layer)
-        self.cls_attention_tap = ClsAttentionTap(self.vision_tower, hidden_layers)
+        self.vision_layers = hidden_layer_blocks(
+            config.vision_config, self.connector.hidden_layers, config.feature_layer
+        )
         self.post_init()
 
     def get_vision_features(self, pixel_values: Tensor) -> VisionFeatures:
@@ -175,15 +175,9 @@ class AcFormerModel(AcFormerPreTrainedModel):
         return output
 
     def _encode(self, pixel_values: Any, **kwargs: Any) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
-        if self.connector.input_grid != self.connector.geometry.grid:
-            pixel_values = resized(pixel_values, self.vision_tower.config, self.connector.input_grid)
-        kwargs = {**kwargs, **size_kwargs(self.vision_tower.config, pixel_values), "return_dict": True}
-        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
-        # No graph of a frozen encoder, also where `enable_input_require_grads` would start one in its embeddings. Not
-        # inference_mode, whose tensors the connector could not save for its backward pass without a copy.
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            output = self.vision_tower(pixel_values, **kwargs)
-        return output, features_from_tap(self.cls_attention_tap, self.vision_tower.config, pixel_values)
+        wanted = self.connector.input_grid
+        grid = None if wanted == self.connector.geometry.grid else wanted
+        return encode(self.vision_tower, pixel_values, self.vision_layers, grid, **kwargs)
 
     def as_features(self, features: VisionFeatures | Mapping) -> VisionFeatures:
         """Features, also cached ones (tokens, cls_attention, hidden_layers), on the model's device, in its dtype."""

@@ -28,14 +28,17 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        given = _storages((args, kwargs))
+        given = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         output = func(*args, **(kwargs or {}))
-        for storage in _storages(output):
-            if storage not in self._known and not any(storage is other for other in given):
-                self._hold(storage)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf, given)
         return output
 
-    def _hold(self, storage: Any) -> None:
+    def _hold(self, tensor: Tensor, given: list[Any]) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known or any(storage is other for other in given):
+            return  # a view, or a result written into an argument
         self._known.add(storage)
         self._bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self._bytes)
@@ -43,7 +46,3 @@ class PeakMemory(TorchDispatchMode):
 
     def _release(self, nbytes: int) -> None:
         self._bytes -= nbytes
-
-
-def _storages(tree: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

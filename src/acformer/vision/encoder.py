@@ -1,47 +1,47 @@
 """Image encoder in, `VisionFeatures` out: the one form in which every connector receives an image.
 
-An encoder is an ordinary vision model of Hugging Face, timm or open_clip, frozen, cut after its feature layer: blocks
-that nobody reads do not run and are not stored.
+An encoder is an ordinary vision model of Hugging Face, timm or open_clip, cut after its feature layer: blocks that
+nobody reads do not run and are not stored. `encode` is the one way from pixels to features; `VisionEncoder` and
+`AcFormerModel` both go it.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    CLIPVisionModel,
-    LlavaImageProcessorPil,
-    PreTrainedModel,
-    SiglipVisionModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from acformer.errors import AcFormerError, CheckpointError, UsageError
-from acformer.fetch.embedded import resolve
-from acformer.vision.cls_attention import ClsAttentionTap
-from acformer.vision.families import Tower, TowerConfig, encoder_family, num_prefix_tokens
+from acformer.errors import UsageError
+from acformer.vision.cls_attention import record_row
+from acformer.vision.families import encoder_family, num_prefix_tokens, patch_grid, patch_size
 from acformer.vision.features import VisionFeatures
-from acformer.vision.timm_encoders import LibraryTower, is_library_name, library_tower, load_library_tower
+from acformer.vision.library import library_model
+from acformer.vision.load import load_tower
+from acformer.vision.recording import THREAD, Recording, record_blocks
 
 
 class VisionEncoder(nn.Module):
     """A frozen vision model that gives `VisionFeatures`; made by `load_vision_encoder`."""
 
-    def __init__(self, tower: Tower, feature_layer: int = -2, hidden_layers: Sequence[int] = ()):
+    def __init__(
+        self,
+        tower: PreTrainedModel,
+        feature_layer: int = -2,
+        hidden_layers: Sequence[int] = (),
+        input_grid: tuple[int, int] | None = None,
+    ):
         super().__init__()
-        blocks = hidden_layer_blocks(tower.config, hidden_layers, feature_layer)
-        self.tower = truncate(tower, feature_layer).eval().requires_grad_(False)
-        self.tap = ClsAttentionTap(self.tower, blocks)
+        self.layers = hidden_layer_blocks(tower.config, hidden_layers, feature_layer)
+        self.tower = prepare(tower, feature_layer).eval().requires_grad_(False)
+        self.input_grid = input_grid
 
     def forward(self, pixel_values: Float[Tensor, "B C Y X"]) -> VisionFeatures:
         """(B, 3, Y, X) pixels as the model's image processor makes them -> features of (Y // p, X // p) patches."""
-        self.tower(pixel_values, **size_kwargs(self.tower.config, pixel_values))
-        return features_from_tap(self.tap, self.tower.config, pixel_values)
+        return encode(self.tower, pixel_values, self.layers, self.input_grid)[1]
 
 
 def load_vision_encoder(
@@ -49,17 +49,19 @@ def load_vision_encoder(
     feature_layer: int = -2,
     *,
     hidden_layers: Sequence[int] = (),
+    input_grid: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> VisionEncoder:
     """Load and freeze an image encoder, cut at the feature layer.
 
     Args:
-        model: a hub name or local folder of a Hugging Face model (CLIP, DINOv2 with or without registers, SigLIP),
-            `embedded:dinov2-s14` (see `acformer fetch`), `timm:NAME`, `open_clip:NAME@WEIGHTS` (see
-            `load_library_tower`); or a model of these libraries, which is cut in place.
+        model: a hub name or local folder of a Hugging Face model (CLIP, DINOv2, DINOv3, SigLIP, SigLIP 2 and the
+            others of `acformer.vision.families.ENCODERS`), `embedded:dinov2-s14` (see `acformer fetch`), `timm:NAME`,
+            `open_clip:NAME@WEIGHTS` (see `load_library_model`); or a model of these libraries, which is cut in place.
         feature_layer: index into `hidden_states`; -2, the paper's choice, is the output of the last block but one.
         hidden_layers: further indices, at or below the feature layer, kept in `VisionFeatures.hidden_layers` in this
             order; 0 is the embedding, which the first block reads.
+        input_grid: (h, w) patches to which images are resized first; by default they are taken as they are.
         dtype: of the weights, when they are loaded here.
 
     What stands in for the [CLS] attention where there is no [CLS] (SigLIP): the attention of the pooling head's probe
@@ -70,35 +72,90 @@ def load_vision_encoder(
             library that is not installed.
         CheckpointError: no model under that name, or weights that do not match the architecture.
     """
-    tower = _named_tower(model, dtype) if isinstance(model, str) else model
-    if not isinstance(tower, PreTrainedModel | LibraryTower):
-        tower = library_tower(tower)
-    return VisionEncoder(tower, feature_layer, hidden_layers)
+    tower = load_tower(model, dtype) if isinstance(model, str) else model
+    if not isinstance(tower, PreTrainedModel):
+        tower = library_model(tower)
+    return VisionEncoder(tower, feature_layer, hidden_layers, input_grid)
 
 
-def pixel_statistics(vision: str | Tower) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, by channel, with which the encoder wants its pixels normalised.
+def encode(
+    tower: PreTrainedModel,
+    pixel_values: Tensor,
+    layers: Sequence[int] = (),
+    input_grid: tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
+    """One pass of a tower that `prepare` made ready: its own output, and the features read off it.
 
-    vision: an encoder's tower, or a name as `load_vision_encoder` takes it; `UsageError` or `CheckpointError` where
-    the model does not say.
+    Args:
+        tower: the vision tower. A frozen one leaves no graph behind, one that is trained does.
+        pixel_values: (B, 3, Y, X), on any device, of any dtype: moved to the tower's.
+        layers: numbers of blocks whose output is wanted beside the last one's, 0 for the embedding.
+        input_grid: (h, w) patches to which the images are resized first.
+        **kwargs: further arguments of the tower, such as `output_hidden_states`.
+
+    Raises:
+        UsageError: images that the tower does not take; tokens in another number than its family says; a kernel from
+            which the [CLS] row cannot be read.
     """
-    if isinstance(vision, str) and is_library_name(vision):
-        vision = _named_tower(vision, torch.float32)
-    if isinstance(vision, LibraryTower):
-        config = vision.config
-        if config.image_mean is None or config.image_std is None:
-            raise UsageError(f"{vision.name_or_path or 'the model'} does not say the mean and std of its pixels")
-        return list(config.image_mean), list(config.image_std)
-    name = resolve(vision if isinstance(vision, str) else vision.name_or_path)
-    with loading(name):
-        # The file itself: AutoImageProcessor wants torchvision in transformers < 5.19.
-        own, _ = LlavaImageProcessorPil.get_image_processor_dict(name)
-    if not {"image_mean", "image_std"} <= own.keys():
-        raise CheckpointError(f"{name}: its preprocessor_config.json gives no image_mean and image_std")
-    return list(own["image_mean"]), list(own["image_std"])
+    weight = next(parameter for parameter in tower.parameters() if parameter.is_floating_point())
+    if not weight.is_meta:  # a tower that is offloaded moves its inputs itself
+        pixel_values = pixel_values.to(weight.device, weight.dtype)
+    if input_grid is not None:
+        pixel_values = resized(pixel_values, tower.config, input_grid)
+    arguments: dict[str, Any] = {**kwargs, **tower_inputs(tower.config, pixel_values), "return_dict": True}
+    blocks: Any = tower.get_submodule(encoder_family(tower.config).blocks)
+    recording, outer = Recording((*layers, len(blocks))), THREAD.recording
+    learns = pixel_values.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
+    THREAD.recording = recording
+    try:
+        # No graph of a frozen encoder, also where `enable_input_require_grads` would start one in its embeddings. Not
+        # inference_mode, whose tensors the connector could not save for its backward pass without a copy.
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            output = tower(**arguments)
+    finally:
+        THREAD.recording = outer
+    features = _features(tower, recording, patch_grid(tower.config, *pixel_values.shape[-2:]), len(blocks), layers)
+    last = features.tokens if output.last_hidden_state is None else output.last_hidden_state
+    return BaseModelOutputWithPooling(last, None, output.hidden_states, output.attentions), features
 
 
-def num_blocks(config: TowerConfig, layer: int, name: str = "feature_layer", least: int = 1) -> int:
+def _features(
+    tower: PreTrainedModel, recording: Recording, grid: tuple[int, int], last: int, layers: Sequence[int]
+) -> VisionFeatures:
+    tokens, row, prefix = recording.tokens[last], recording.row, num_prefix_tokens(tower.config)
+    if tokens.shape[1] != prefix + grid[0] * grid[1]:
+        raise UsageError(
+            f"the encoder gives {tokens.shape[1]} tokens for {grid[0]} x {grid[1]} patches, where its line in "
+            f"acformer.vision.families says {prefix} + {grid[0] * grid[1]}: "
+            "its patches are not in their places, or another number of tokens stands before them"
+        )
+    if row is None and tower.gives_cls_attention:
+        raise UsageError(
+            "the encoder's last block calls neither transformers' attention functions nor torch's "
+            "scaled_dot_product_attention, so its [CLS] attention cannot be read (for timm, set TIMM_FUSED_ATTN=1)"
+        )
+    row = None if row is None else row[:, :, prefix - tokens.shape[1] :]  # (B, H, P+N) -> (B, H, N)
+    hidden = torch.stack([recording.tokens[layer] for layer in layers], dim=1) if layers else None
+    return VisionFeatures(tokens, row, grid, prefix, hidden)
+
+
+def prepare(tower: PreTrainedModel, feature_layer: int) -> PreTrainedModel:
+    """Cut a tower after its feature layer and make it ready for `encode`, in place and once."""
+    if "gives_cls_attention" in vars(tower):
+        raise UsageError("this vision model already belongs to an encoder; load another copy for a second one")
+    truncate(tower, feature_layer)
+    record_blocks(_blocks(tower))
+    tower.gives_cls_attention = record_row(tower)
+    return tower
+
+
+def tower_inputs(config: PreTrainedConfig, pixel_values: Tensor) -> dict[str, Any]:
+    """(B, 3, Y, X) pixels -> the arguments with which the tower itself is called."""
+    return encoder_family(config).inputs(config, pixel_values)
+
+
+def num_blocks(config: PreTrainedConfig, layer: int, name: str = "feature_layer", least: int = 1) -> int:
     """Blocks to run for `hidden_states[layer]`, `least` or more; `name` is what an error calls the layer."""
     total = config.num_hidden_layers
     blocks = layer if layer >= 0 else total + 1 + layer
@@ -108,7 +165,7 @@ def num_blocks(config: TowerConfig, layer: int, name: str = "feature_layer", lea
     return blocks
 
 
-def hidden_layer_blocks(config: TowerConfig, hidden_layers: Sequence[int], feature_layer: int) -> list[int]:
+def hidden_layer_blocks(config: PreTrainedConfig, hidden_layers: Sequence[int], feature_layer: int) -> list[int]:
     """Blocks to run for each hidden layer, 0 for the embedding; `UsageError` for one above the feature layer."""
     last = num_blocks(config, feature_layer)
     blocks = [num_blocks(config, layer, "hidden layer", least=0) for layer in hidden_layers]
@@ -121,90 +178,22 @@ def hidden_layer_blocks(config: TowerConfig, hidden_layers: Sequence[int], featu
     return blocks
 
 
-def truncate(tower: Tower, feature_layer: int) -> Tower:
+def truncate(tower: PreTrainedModel, feature_layer: int) -> PreTrainedModel:
     """Drop the blocks after the feature layer, in place; the config goes on describing the whole encoder."""
-    keep = num_blocks(tower.config, feature_layer)
-    blocks: Any = tower.get_submodule(encoder_family(tower.config).blocks)
-    del blocks[keep:]
+    del _blocks(tower)[num_blocks(tower.config, feature_layer) :]
     return tower
 
 
-def size_kwargs(config: TowerConfig, pixel_values: Tensor) -> dict[str, bool]:
-    """What the tower must be told when the images are not of its training size."""
-    same = tuple(pixel_values.shape[-2:]) == (config.image_size, config.image_size)
-    return {"interpolate_pos_encoding": True} if encoder_family(config).fixed_size and not same else {}
+def _blocks(tower: PreTrainedModel) -> nn.ModuleList | nn.Sequential:
+    path = encoder_family(tower.config).blocks
+    found = dict(tower.named_modules()).get(path)
+    if not isinstance(found, nn.ModuleList | nn.Sequential):
+        raise UsageError(f"{type(tower).__name__} has no list of blocks named {path!r}, where its family keeps them")
+    return found
 
 
-def patch_grid(config: TowerConfig, height: int, width: int) -> tuple[int, int]:
-    """(h, w) patches of an image of that many pixels."""
-    return height // config.patch_size, width // config.patch_size
-
-
-def require_whole_patches(config: TowerConfig, image_size: int) -> None:
-    """`UsageError` where a square of that many pixels a side is not cut into whole patches.
-
-    The encoder leaves out what remains on the right and at the bottom, and a drawn patch would lie beside its place.
-    """
-    patch, rest = config.patch_size, image_size % config.patch_size
-    if rest or not image_size:
-        sizes = " or ".join(str(size) for size in (image_size - rest, image_size - rest + patch) if size)
-        raise UsageError(
-            f"an image size of {image_size} is not a whole number of patches of {patch} pixels: take {sizes}"
-        )
-
-
-def features_from_tap(tap: ClsAttentionTap, config: TowerConfig, pixel_values: Tensor) -> VisionFeatures:
-    """Gather what the tower's forward pass over `pixel_values` has left in its tap."""
-    tokens, row, hidden_layers = tap.read()
-    grid = patch_grid(config, *pixel_values.shape[-2:])
-    return VisionFeatures(tokens, row, grid, num_prefix_tokens(config), hidden_layers)
-
-
-def resized(pixel_values: Tensor, config: TowerConfig, grid: tuple[int, int]) -> Tensor:
+def resized(pixel_values: Tensor, config: PreTrainedConfig, grid: tuple[int, int]) -> Tensor:
     """The images as (B, 3, h p, w p) for h x w patches of p pixels: bicubic, with antialiasing, in float32."""
-    size = [side * config.patch_size for side in grid]
+    size = [side * patch_size(config) for side in grid]
     small = F.interpolate(pixel_values.float(), size, mode="bicubic", antialias=True)
     return small.to(pixel_values.dtype)
-
-
-def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The vision half of a checkpoint; of CLIP's and SigLIP's two-tower checkpoints only that half is read."""
-    if is_library_name(name):
-        raise UsageError(
-            f"{name}: a model is built and trained with a Hugging Face encoder only, see load_vision_encoder"
-        )
-    with loading(name):
-        model_type = AutoConfig.from_pretrained(name).model_type
-        loader = {
-            "clip": CLIPVisionModel,
-            "clip_vision_model": CLIPVisionModel,
-            "siglip": SiglipVisionModel,
-            "siglip_vision_model": SiglipVisionModel,
-        }.get(model_type, AutoModel)
-        # Other shapes are let through to be told below, where transformers' own error would not name them.
-        tower, report = loader.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        missing = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
-        raise CheckpointError(f"{name}: {len(missing)} weights are missing or of another shape, first: {missing[0]}")
-    return tower
-
-
-def _named_tower(name: str, dtype: torch.dtype) -> Tower:
-    if not is_library_name(name):
-        return load_tower(resolve(name), dtype)
-    with loading(name):
-        return load_library_tower(name, dtype)
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Turn the many errors of a failed load into one `CheckpointError` that names the model; ours stay as they are."""
-    try:
-        yield
-    except AcFormerError:
-        raise
-    except Exception as error:  # files, configs and models have no end of ways to say that they are wrong
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"cannot load {name!r}: {reason}") from error

@@ -1,4 +1,4 @@
-"""The anchors of one picture: what the progressive search keeps, and the [CLS] attention that it goes by."""
+"""The anchors of one image: what the progressive search keeps, and the [CLS] attention that it goes by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from acformer.anchors.search import quotas, select_anchors
 from acformer.errors import UsageError
@@ -16,7 +16,7 @@ from acformer.vision.features import VisionFeatures
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """The anchors of one picture.
+    """The anchors of one image.
 
     indices: patches in raster order, as the connector sees them. grid: (h, w) patches.
     scores: (H, N) attention of [CLS] to every patch, by head.
@@ -61,11 +61,11 @@ def anchors_by_head(scores: Float[Tensor, "H N"], num_anchors: int) -> tuple[tup
 def find_anchors(
     image: ImageSource, encoder: Callable[[Tensor], VisionFeatures], image_processor: Any, num_anchors: int = 64
 ) -> Anchors:
-    """The anchors of a picture, by the progressive search over the encoder's [CLS] attention (Sec. 3.3).
+    """The anchors of an image, by the progressive search over the encoder's [CLS] attention (Sec. 3.3).
 
     Args:
         image: whatever `load_image` reads.
-        encoder: from `load_vision_encoder`, or a model's `get_vision_features` (with the model on the CPU, in float32).
+        encoder: from `load_vision_encoder`, or a model's `get_vision_features`.
         image_processor: what makes its pixels, such as `square_image_processor(...)` or a model's own.
         num_anchors: how many patches to keep.
 
@@ -73,9 +73,6 @@ def find_anchors(
         UsageError: the encoder gives no [CLS] attention, or has fewer patches than that. ImageError: no such image.
     """
     pixels = image_processor(load_image(image), return_tensors="pt")["pixel_values"]
-    if isinstance(encoder, nn.Module):
-        weight = next(encoder.parameters())
-        pixels = pixels.to(weight.device, weight.dtype)
     with torch.inference_mode():
         features = encoder(pixels)
     return anchors_of(features, num_anchors)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from acformer.hf.build import square_image_processor
 from acformer.images import ImageSource, load_image
-from acformer.vision.encoder import VisionEncoder, load_vision_encoder, require_whole_patches
+from acformer.vision.encoder import VisionEncoder, load_vision_encoder
+from acformer.vision.families import require_whole_patches
 from acformer.viz.find import find_anchors
 from acformer.viz.overlay import draw_anchors, padded_square
 

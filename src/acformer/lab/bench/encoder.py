@@ -12,7 +12,7 @@ from acformer.lab.bench.presets import random_model
 from acformer.lab.bench.roofline import cls_row_flops, encoder_flops
 from acformer.lab.bench.settings import Settings
 from acformer.lab.bench.timing import Result, Variant, timed_rows
-from acformer.vision.encoder import VisionEncoder, size_kwargs, truncate
+from acformer.vision.encoder import VisionEncoder, tower_inputs, truncate
 
 VARIANTS = ("plain", "cls_row", "anchors", "all_layers", "authors")
 
@@ -45,7 +45,7 @@ def encoder_variants(
     plain, encoder = truncate(_shared(tower), feature_layer), VisionEncoder(_shared(tower), feature_layer)
     eager = _shared(tower)
     eager.set_attn_implementation("eager")
-    sizes = size_kwargs(config, pixels)
+    inputs = tower_inputs(config, pixels)
     to_layer, row = encoder_flops(config, (h, w), feature_layer), cls_row_flops(config, (h, w))
     whole = encoder_flops(config, (h, w))
 
@@ -56,10 +56,10 @@ def encoder_variants(
         return release_baseline.select(release_baseline.encode(eager, pixels, feature_layer)[1], num_anchors)
 
     return {
-        "plain": Variant(lambda: plain(pixels, **sizes), batch * to_layer),
+        "plain": Variant(lambda: plain(**inputs), batch * to_layer),
         "cls_row": Variant(lambda: encoder(pixels), batch * (to_layer + row)),
         "anchors": Variant(anchors, batch * (to_layer + row)),
-        "all_layers": Variant(lambda: tower(pixels, **sizes), batch * whole),
+        "all_layers": Variant(lambda: tower(**inputs), batch * whole),
         "authors": Variant(authors, batch * whole),
     }
 

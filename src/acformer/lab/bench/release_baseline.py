@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from acformer.vision.encoder import num_blocks, size_kwargs
+from acformer.vision.encoder import num_blocks, tower_inputs
 from acformer.vision.families import num_prefix_tokens
 
 
@@ -19,8 +19,7 @@ def encode(
     tower: PreTrainedModel, pixels: Float[Tensor, "B C Y X"], feature_layer: int
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B H N"]]:
     """All hidden states and attention maps of an eager tower, of which one layer's tokens and [CLS] row are used."""
-    sizes = size_kwargs(tower.config, pixels)
-    output = tower(pixels, output_attentions=True, output_hidden_states=True, **sizes)
+    output = tower(**tower_inputs(tower.config, pixels), output_attentions=True, output_hidden_states=True)
     block = num_blocks(tower.config, feature_layer)
     row = output.attentions[block - 1][:, :, 0, num_prefix_tokens(tower.config) :]
     return output.hidden_states[block], row

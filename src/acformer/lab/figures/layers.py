@@ -18,7 +18,8 @@ from acformer.hf.build import square_image_processor
 from acformer.lab.figures.panels import draw_boxes, draw_image, draw_map, draw_rings, panel_ratio, small, within_image
 from acformer.lab.figures.pca import pca_colours
 from acformer.lab.figures.sheet import GAP, LABEL, MARGIN, Block, Draw, compose, shortened
-from acformer.vision.encoder import load_vision_encoder, num_blocks, require_whole_patches
+from acformer.vision.encoder import load_vision_encoder, num_blocks
+from acformer.vision.families import require_whole_patches
 from acformer.viz.drawing import Drawing
 from acformer.viz.find import Anchors, anchors_of
 

@@ -15,15 +15,14 @@ import torch
 from acformer.connectors import CONNECTORS, Geometry, budget_options, build_connector, connector_options
 from acformer.connectors.resampler import Resampler
 from acformer.errors import AcFormerError, UsageError
-from acformer.fetch.embedded import resolve
 from acformer.hf.build import parse_dtype
 from acformer.lab.reproduce.plans import Plan, Scale, TableRow, table_recipe
 from acformer.lab.reproduce.records import made_record, read_record
 from acformer.lab.scenes.difficulty import VERSION
 from acformer.lab.scenes.probe import PROBE_VERSION
 from acformer.training.recipe import ModelSpec, Recipe
-from acformer.vision.encoder import load_tower, patch_grid
-from acformer.vision.families import num_prefix_tokens
+from acformer.vision.families import image_size, num_prefix_tokens, patch_grid
+from acformer.vision.load import load_tower
 
 
 @dataclass(frozen=True)
@@ -263,6 +262,6 @@ def row_options(
 
 def geometry_of(model: ModelSpec) -> Geometry:
     """The sizes at which tokens are counted; the language model's width does not count, and is left at 64."""
-    config = load_tower(resolve(model.vision), parse_dtype(model.dtype)).config
-    side = model.image_size or config.image_size
+    config = load_tower(model.vision, parse_dtype(model.dtype)).config
+    side = model.image_size or image_size(config)
     return Geometry(config.hidden_size, 64, patch_grid(config, side, side), num_prefix_tokens(config))

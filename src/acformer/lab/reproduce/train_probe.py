@@ -24,7 +24,7 @@ from acformer.data.collate import stack_features
 from acformer.errors import DivergedError, UsageError, unknown_name
 from acformer.evaluate.families import Reply
 from acformer.evaluate.report import as_reply, score_replies, write_predictions
-from acformer.fetch.embedded import cache_dir, resolve
+from acformer.fetch.embedded import cache_dir
 from acformer.hf.build import parse_device, parse_dtype, square_image_processor
 from acformer.lab.reproduce.plans import PROBE
 from acformer.lab.reproduce.runs import geometry_of
@@ -38,7 +38,8 @@ from acformer.lab.scenes.questions import Question, ask
 from acformer.lab.scenes.targets import SceneTargets, targets_of
 from acformer.lab.training_step import autocast, training_step
 from acformer.training.recipe import Recipe, StageSpec
-from acformer.vision.encoder import load_vision_encoder, resized
+from acformer.vision.encoder import load_vision_encoder
+from acformer.vision.families import image_size
 from acformer.vision.feature_cache import FeatureCache
 from acformer.vision.features import VisionFeatures
 
@@ -225,20 +226,18 @@ def _new_probe(recipe: Recipe, stage: StageSpec, width: int) -> ProbedConnector:
     device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=width)
     connector = build_connector(spec.connector, geometry, **spec.connector_kwargs)
     dtype = parse_dtype(spec.dtype)
+    hidden_layers, grid = connector.hidden_layers, connector.input_grid
     encoder = load_vision_encoder(
-        resolve(spec.vision), spec.feature_layer, hidden_layers=connector.hidden_layers, dtype=dtype
+        spec.vision,
+        spec.feature_layer,
+        hidden_layers=hidden_layers,
+        input_grid=None if grid == geometry.grid else grid,
+        dtype=dtype,
     )
     encoder.to(device)
-    config, grid = encoder.tower.config, connector.input_grid
-
-    def encode(pixels: Tensor) -> VisionFeatures:
-        return encoder(pixels if grid == geometry.grid else resized(pixels, config, grid))
-
-    processor = square_image_processor(resolve(spec.vision), spec.image_size or config.image_size)
+    processor = square_image_processor(encoder.tower, spec.image_size or image_size(encoder.tower.config))
     folder = cache_dir() / "features"
-    cache = FeatureCache(
-        folder, encode, encoder.tower, processor, hidden_layers=connector.hidden_layers, input_grid=grid
-    )
+    cache = FeatureCache(folder, encoder, encoder.tower, processor, hidden_layers=hidden_layers, input_grid=grid)
     probe = SceneProbe(difficulty, connector.num_tokens, width)
     bf16 = bool(stage.training.get("bf16", False))
     return ProbedConnector(difficulty, connector.to(device), probe.to(device), cache, device, bf16)

@@ -46,7 +46,7 @@ def encode_views(image: Image.Image, encoder: VisionEncoder, image_processor: An
     images = [square, *(view.change(square) for view in VIEWS.values())]
     pixels = image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
-        features = encoder(pixels.to(next(encoder.parameters()).device))
+        features = encoder(pixels)
     kept = {name: value.float().cpu() for name, value in features.arrays.items()}
     return features._replace(**kept)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from acformer.errors import UsageError
 from acformer.hf.build import square_image_processor
@@ -17,7 +16,8 @@ from acformer.lab.stats.rows import MADE_ON, ImageStats, make_rows
 from acformer.lab.stats.stats_table import table_text
 from acformer.lab.stats.summary import Summary, read_summary, summarise, write_summary
 from acformer.provenance import machine
-from acformer.vision.encoder import VisionEncoder, load_vision_encoder, patch_grid
+from acformer.vision.encoder import VisionEncoder, load_vision_encoder
+from acformer.vision.families import patch_grid
 from acformer.vision.feature_cache import encoder_key
 
 FORMAT = 1  # of a row; a change refuses older ones
@@ -39,11 +39,8 @@ class StatsConfig:
         trained = load_vision_encoder(self.vision, self.feature_layer)
         if self.random_seed is None:
             return trained
-        tower = trained.tower
-        if not isinstance(tower, PreTrainedModel):
-            raise UsageError(f"--random-weights: {self.vision} is no Hugging Face encoder, so no new one can be made")
         torch.manual_seed(self.random_seed)
-        return load_vision_encoder(type(tower)(tower.config), self.feature_layer)
+        return load_vision_encoder(type(trained.tower)(trained.tower.config), self.feature_layer)
 
 
 def run_stats(

@@ -1,0 +1,83 @@
+"""Vision towers by name, and how they want their pixels: hub, folder, embedded, timm and open_clip."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AutoConfig, AutoModel, LlavaImageProcessorPil, PreTrainedModel
+
+from acformer.errors import AcFormerError, CheckpointError, UsageError
+from acformer.fetch.embedded import resolve
+from acformer.vision.families import ENCODERS
+from acformer.vision.library import LibraryVisionModel, is_library_name, load_library_model
+
+
+def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The vision tower of that name, as `load_vision_encoder` takes it, whole.
+
+    Of a checkpoint of two towers (CLIP's, SigLIP's) only the vision half is read.
+    """
+    if is_library_name(name):
+        with loading(name):
+            return load_library_model(name, dtype)
+    name = resolve(name)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in ENCODERS.names():
+            config = getattr(config, "vision_config", config)
+        # Other shapes are let through to be named below, where transformers' own error would not name them.
+        tower, report = AutoModel.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
+        raise CheckpointError(f"{name}: {len(missing)} weights are missing or of another shape, first: {missing[0]}")
+    return tower
+
+
+def pixel_statistics(vision: str | PreTrainedModel) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation, by channel, with which the encoder wants its pixels normalised.
+
+    vision: an encoder's tower, or a name as `load_vision_encoder` takes it; `UsageError` or `CheckpointError` where
+    the model does not say.
+    """
+    if isinstance(vision, str) and is_library_name(vision):
+        vision = load_tower(vision, torch.float32)
+    if isinstance(vision, LibraryVisionModel):
+        config = vision.config
+        if config.image_mean is None or config.image_std is None:
+            raise UsageError(f"{vision.name_or_path or 'the model'} does not say the mean and std of its pixels")
+        return list(config.image_mean), list(config.image_std)
+    name = resolve(vision if isinstance(vision, str) else vision.name_or_path)
+    with loading(name):
+        # The file itself: AutoImageProcessor wants torchvision in transformers < 5.19.
+        own, _ = LlavaImageProcessorPil.get_image_processor_dict(name)
+    if own.get("do_normalize") is False:  # RADIO normalises inside
+        return [0.0] * 3, [1.0] * 3
+    mean, std = own.get("image_mean"), own.get("image_std")
+    if not _three_numbers(mean) or not _three_numbers(std) or min(std) <= 0:
+        raise CheckpointError(
+            f"{name}: its preprocessor_config.json gives no image_mean and image_std of three numbers (std above 0)"
+        )
+    return list(mean), list(std)
+
+
+def _three_numbers(values: object) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn the many errors of a failed load into one `CheckpointError` that names the model; ours stay as they are."""
+    try:
+        yield
+    except AcFormerError:
+        raise
+    except Exception as error:  # files, configs and models have no end of ways to say that they are wrong
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"cannot load {name!r}: {reason}") from error
