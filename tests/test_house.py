@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel, AutoModelForCausalLM
 
 import acformer
 
@@ -118,16 +119,37 @@ def test_scoring_needs_no_torch(tmp_path):
     assert imported("score", "pope", "--answers", str(answers), "--json") == {"numpy"}
 
 
-def test_the_readmes_python_runs(tmp_path):
-    """Every ```python block of the README, in a process of its own; a tiny model stands in for the trained one."""
+def python_blocks() -> list[str]:
+    """Every ```python block of the README and of the page that a newcomer reads first."""
+    pages = [ROOT / "README.md", ROOT / "docs/getting-started.md"]
+    return [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+def save_stand_ins(folder: Path) -> None:
+    """Tiny models under the names that the pages use: a local folder goes before a hub's model of that name."""
     import tiny
 
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    tiny.model().save_pretrained(tmp_path / "runs/quickstart/finetune/model")
-    tiny.processor().save_pretrained(tmp_path / "runs/quickstart/finetune/model")
-    tiny.picture().save(tmp_path / "photo.jpg")
-    for block in blocks:
-        command = [sys.executable, "-c", block]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    model, processor = tiny.model(), tiny.processor()
+    model.save_pretrained(folder / "runs/quickstart/finetune/model")
+    processor.save_pretrained(folder / "runs/quickstart/finetune/model")
+    vision, text = folder / "openai/clip-vit-large-patch14-336", folder / "HuggingFaceTB/SmolLM2-135M-Instruct"
+    encoder = model.config.vision_config
+    encoder.image_size, encoder.patch_size = 336, 14  # as the real one: 24 x 24 patches
+    AutoModel.from_config(encoder).save_pretrained(vision)
+    processor.image_processor.save_pretrained(vision)
+    AutoModelForCausalLM.from_config(model.config.text_config).save_pretrained(text)
+    processor.tokenizer.save_pretrained(text)
+    tiny.picture().save(folder / "photo.jpg")
+
+
+def test_every_public_name_is_shown():
+    shown = "\n".join(python_blocks())
+    assert [name for name in acformer.__all__ if not re.search(rf"\b{name}\b", shown)] == []
+
+
+def test_the_python_of_the_first_pages_runs(tmp_path):
+    """Each block in a process of its own."""
+    save_stand_ins(tmp_path)
+    for block in python_blocks():
+        result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, f"{block}\n{result.stderr}"

@@ -23,6 +23,11 @@ class Geometry(NamedTuple):
     grid: tuple[int, int]
     num_prefix_tokens: int
 
+    @classmethod
+    def of(cls, features: VisionFeatures, text_hidden_size: int) -> "Geometry":
+        """That between an encoder which gave these features and a language model of that width."""
+        return cls(features.tokens.shape[-1], text_hidden_size, features.grid, features.num_prefix_tokens)
+
     @property
     def num_patches(self) -> int:
         """N = h * w."""
