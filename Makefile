@@ -7,14 +7,18 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test test-embedded test-slow test-benchmarks test-conformance test-compat test-extras test-lmms-eval \
-	check fix docs bench clean
+.PHONY: quickstart test test-lab test-embedded test-slow test-benchmarks test-conformance test-compat test-extras \
+	test-lmms-eval check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n auto
+
+# Whole tables and trainings of the laboratory.
+test-lab: $(VENV)/.dev
+	$(BIN)/pytest -n auto -m lab --ignore tests/conformance
 
 test-embedded: $(VENV)/.dev
 	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs

@@ -1,4 +1,4 @@
-"""A screenshot of `acformer demo`, taken by a real browser: the pictures of docs/demo.md and the README.
+"""A screenshot of `acformer demo`, taken by a real browser: the images of docs/demo.md and the README.
 
     python examples/demo_screenshot.py docs/images/demo.webp --question "what is the color of the shape?"
     python examples/demo_screenshot.py docs/images/demo-anchors.webp --picture "A photograph" --model none
@@ -6,23 +6,20 @@
         --question "is there a red shape?"
 
 Needs `pip install 'acformer[demo]' playwright`, and chromium on the PATH. Prints the machine that the times in the
-picture come from.
+image come from.
 """
 
 import argparse
-import os
 import shutil
 from dataclasses import replace
 from io import BytesIO
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import torch
 from PIL import Image
 from playwright.sync_api import Page as Tab
 from playwright.sync_api import sync_playwright
 
-from acformer.lab.demo import start
+from acformer.lab.demo import page_setup
 from acformer.lab.demo.app import Page
 from acformer.provenance import machine
 
@@ -53,10 +50,10 @@ def main() -> None:
     parser.add_argument("--dark", action="store_true")
     asked = parser.parse_args()
     if asked.model == "none":
-        asked.model, start.RUNS = None, start.RUNS / "none"
-    begin = start.opening(asked.model, asked.compare, "auto", torch.device("cpu"))
-    names = sorted(begin.pictures, key=lambda name: name != asked.picture)
-    page = Page(replace(begin, pictures={name: begin.pictures[name] for name in names}))
+        asked.model, page_setup.RUNS = None, page_setup.RUNS / "none"
+    setup = page_setup.set_up_page(asked.model, asked.compare, "auto", torch.device("cpu"))
+    names = sorted(setup.images, key=lambda name: name != asked.picture)
+    page = Page(replace(setup, images={name: setup.images[name] for name in names}))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)

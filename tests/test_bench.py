@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from acformer.training.peak_memory import PeakMemory
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -25,6 +24,7 @@ from acformer.lab.bench.generate import STEPS, generation, parts
 from acformer.lab.bench.settings import ARGUMENTS, Settings, given_arguments, resolve
 from acformer.lab.bench.timing import MeasuredPeak, Timings, Variant, measure
 from acformer.lab.commands import bench as bench_command
+from acformer.training.peak_memory import PeakMemory
 from acformer.vision.cls_attention import cls_row
 from acformer.vision.encoder import VisionEncoder, truncate
 

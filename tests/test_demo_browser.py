@@ -4,11 +4,15 @@ Needs gradio, playwright and Debian's chromium (`make test-extras`). Screenshots
 """
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,27 +35,28 @@ import httpx  # noqa: E402 (comes with gradio)
 
 from acformer.errors import UsageError  # noqa: E402
 from acformer.lab.commands import demo  # noqa: E402
+from acformer.lab.demo import app, request_filter  # noqa: E402
 from acformer.lab.demo.app import Page  # noqa: E402
-from acformer.lab.demo.respondent import Respondent  # noqa: E402
-from acformer.lab.demo.start import Opening  # noqa: E402
-from acformer.lab.demo.visit import Guide  # noqa: E402
+from acformer.lab.demo.demo_model import DemoModel  # noqa: E402
+from acformer.lab.demo.page_setup import PageSetup  # noqa: E402
+from acformer.lab.demo.session import Controller  # noqa: E402
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "runs/screenshots"
-PICTURES = {"First": tiny.picture(1, (60, 40)), "Second": tiny.picture(2, (40, 60))}
+IMAGES = {"First": tiny.picture(1, (60, 40)), "Second": tiny.picture(2, (40, 60))}
 QUESTIONS = ("red or green", "blue")
 expect = sync_api.expect
 
 
-def respondent(connector):
+def demo_model(connector):
     model = tiny.model(connector)
-    return Respondent(f"{connector} (tiny)", model, tiny.processor(model.config.num_placeholders))
+    return DemoModel(f"{connector} (tiny)", model, tiny.processor(model.config.num_placeholders))
 
 
-def serve(opening):
-    page = Page(opening)
+def serve(setup):
+    page = Page(setup)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)
     return page, url
 
@@ -59,7 +64,7 @@ def serve(opening):
 @pytest.fixture(scope="module")
 def url():
     """Two models: `acformer` (elastic, 5 tokens) beside `downsample` (always 4)."""
-    page, url = serve(Opening(Guide([respondent("acformer"), respondent("downsample")]), PICTURES, QUESTIONS, 4))
+    page, url = serve(PageSetup(Controller([demo_model("acformer"), demo_model("downsample")]), IMAGES, QUESTIONS, 4))
     yield url
     page.blocks.close()
 
@@ -128,7 +133,7 @@ def states(**patches):
 
 
 def click_patch(page, patch):
-    """The picture is 60 x 40, in the middle of a square of 4 x 4 patches of 15 x 15."""
+    """The image is 60 x 40, in the middle of a square of 4 x 4 patches of 15 x 15."""
     row, column = divmod(patch, 4)
     box = page.locator("#canvas svg").bounding_box()
     scale = box["width"] / 60
@@ -154,12 +159,12 @@ def test_it_opens_with_anchors_and_words(visit):
     assert page.locator("#table table").count() == 0
 
 
-def test_another_picture(visit, tmp_path):
+def test_another_image(visit, tmp_path):
     page = visit()
     page.get_by_role("button", name="Second").click()
     expect(page.locator("#canvas svg")).to_have_attribute("viewBox", "0 0 40 60")
     tiny.picture(3, (32, 48)).save(path := tmp_path / "mine.png")
-    page.set_input_files("#pictures input[type=file]", path)
+    page.set_input_files("#images input[type=file]", path)
     expect(page.locator("#canvas svg")).to_have_attribute("viewBox", "0 0 32 48")
     tiny.picture(4, (16, 24)).save(tmp_path / "dropped.png")
     numbers = list((tmp_path / "dropped.png").read_bytes())
@@ -274,9 +279,9 @@ def test_the_budget_answers_again(visit, hand):
 def test_bad_files_are_told_in_words(visit, tmp_path):
     page = visit()
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
-    (tmp_path / "text.txt").write_text("no picture")
+    (tmp_path / "text.txt").write_text("no image")
     for name, words in (("bad.png", "damaged"), ("text.txt", "not a PNG, JPEG")):
-        page.set_input_files("#pictures input[type=file]", tmp_path / name)
+        page.set_input_files("#images input[type=file]", tmp_path / name)
         expect(page.get_by_role("alert")).to_contain_text(words)
         expect(page.get_by_role("alert")).to_contain_text(name)
     wait_for_anchors(page, 4)
@@ -326,7 +331,7 @@ def test_it_fits_and_can_be_read(visit, device, width, height, scheme):
         ".count",
         "#ask",
         "#upload",
-        ".said",
+        ".answer",
         ".cost",
         "#table td",
         "#table th",
@@ -367,22 +372,100 @@ def test_visitors_do_not_meet(visit):
     wait_for_pins(other, states())
 
 
-def test_a_remote_url_is_not_fetched(visit, url):
-    """A client of its own making sends a URL where the page would send the upload."""
-    page = visit()
-    config = page.evaluate("window.gradio_config")
-    uploaded = next(component for component in config["components"] if component["type"] == "uploadbutton")["id"]
-    event = next(each for each in config["dependencies"] if uploaded in each["inputs"])
-    data = [None, 4, "Anchors", "1", "", 5, {"path": "https://example.com/a.png", "meta": {"_type": "gradio.FileData"}}]
-    body = {"data": data, "fn_index": event["id"], "session_hash": "stranger", "trigger_id": uploaded}
+def event_of(url, component_type):
+    """The event that components of that type set off: its number, and the component's."""
+    config = httpx.get(f"{url}config").json()
+    uploaded = next(each["id"] for each in config["components"] if each["type"] == component_type)
+    return next(each["id"] for each in config["dependencies"] if uploaded in each["inputs"]), uploaded
+
+
+def join(client, url, session, image):
+    """Ask the page to open an image; what the page answers to that."""
+    number, component = event_of(url, "uploadbutton")
+    data = [None, 4, "Anchors", "1", "", 5, {"path": image, "meta": {"_type": "gradio.FileData"}}]
+    body = {"data": data, "fn_index": number, "session_hash": session, "trigger_id": component}
+    return client.post("gradio_api/queue/join", json=body)
+
+
+def upload(client, **headers):
+    content = BytesIO()
+    tiny.picture().save(content, "PNG")
+    return client.post("gradio_api/upload", files={"files": ("a.png", content.getvalue())}, headers=headers)
+
+
+@pytest.fixture
+def client(url):
     with httpx.Client(base_url=url, timeout=30) as client:
-        assert client.post("gradio_api/queue/join", json=body).status_code == 200
-        told = client.get("gradio_api/queue/data", params={"session_hash": "stranger"}).text
-    assert "remote URLs are off" in told
+        yield client
+
+
+def test_a_remote_url_is_not_fetched(client, url):
+    """A client of its own making sends a URL where the page would send the upload."""
+    assert join(client, url, "stranger", "https://example.com/a.png").status_code == 200
+    text = client.get("gradio_api/queue/data", params={"session_hash": "stranger"}).text
+    assert "remote URLs are off" in text
+
+
+@pytest.mark.parametrize(
+    "headers", [{"origin": "http://evil.example"}, {"origin": "null"}, {"host": "evil.example:7860"}], ids=str
+)
+def test_foreign_pages_and_names_can_neither_upload_nor_ask(client, url, headers):
+    before = sorted(app.UPLOADS.rglob("*"))
+    refused = upload(client, **headers)
+    assert refused.status_code == 403
+    assert sorted(app.UPLOADS.rglob("*")) == before
+    client.headers.update(headers)
+    assert join(client, url, "foreign", "x.png").status_code == 403
+    assert client.get("").status_code == 403
+
+
+def test_uploads_are_private_and_not_kept(client, url):
+    assert app.UPLOADS.stat().st_mode & 0o777 == 0o700
+    (path,) = upload(client).json()
+    assert Path(path).is_relative_to(app.UPLOADS)
+    assert join(client, url, "mine", path).status_code == 200
+    assert "process_completed" in client.get("gradio_api/queue/data", params={"session_hash": "mine"}).text
+    assert not [each for each in app.UPLOADS.rglob("*") if each.is_file() and each.stat().st_size]  # gradio's are empty
+
+
+def test_clients_that_left_are_not_computed_and_the_queue_is_bounded(monkeypatch):
+    """With the page busy: as many events as the queue holds, whose clients then never listen."""
+    opened, busy = [], threading.Event()
+    controller = Controller([demo_model("acformer")])
+    page, url = serve(PageSetup(controller, IMAGES, QUESTIONS, 4))
+
+    def slow_open(source):
+        opened.append(source)
+        busy.wait(20)
+        return Controller.open(controller, tiny.picture())
+
+    monkeypatch.setattr(controller, "open", slow_open)
+    monkeypatch.setattr(request_filter, "PATIENCE", 1.0)
+    try:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            with client.stream("GET", "gradio_api/queue/data", params={"session_hash": "patient"}):
+                pass  # there is nothing to listen to yet
+            assert join(client, url, "patient", upload(client).json()[0]).status_code == 200
+            with client.stream("GET", "gradio_api/queue/data", params={"session_hash": "patient"}) as stream:
+                lines = stream.iter_lines()
+                next(line for line in lines if "process_starts" in line)
+                codes = [join(client, url, f"gone{i}", upload(client).json()[0]).status_code for i in range(40)]
+                assert codes == [200] * app.MAX_QUEUE + [503] * (40 - app.MAX_QUEUE)
+                full = join(client, url, "late", "x.png")
+                assert "Queue is full" in full.text
+                time.sleep(1.1)
+                busy.set()
+                next(line for line in lines if "process_completed" in line)
+            while len(page.blocks._queue):
+                time.sleep(0.05)
+        assert len(opened) == 1
+    finally:
+        busy.set()
+        page.blocks.close()
 
 
 def test_an_encoder_alone(visit):
-    page, address = serve(Opening(Guide(eye=respondent("acformer").eye), PICTURES, (), 4))
+    page, address = serve(PageSetup(Controller(image_encoder=demo_model("acformer").image_encoder), IMAGES, (), 4))
     try:
         shown = visit(address=address)
         wait_for_anchors(shown, 4)
@@ -417,15 +500,19 @@ def test_the_command(url, tmp_path):
         "from argparse import Namespace as N; from acformer.lab.commands.demo import run; "
         f"run(N(**{options}, port=None))"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
+    (temporary := tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             line = next(line for line in process.stderr if "the page is at" in line)
             assert httpx.get(line.split()[4]).status_code == 200
+            assert len(list(temporary.iterdir())) == 1
             for _ in range(4):  # on a busy machine gradio's threads may outlive the first Ctrl-C
                 process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=15)
                     break
             assert process.poll() is not None
+            assert not list(temporary.iterdir()), "uploads are gone with the page"
         finally:
             process.kill()

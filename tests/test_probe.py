@@ -352,6 +352,7 @@ def test_every_scene_comes_once_before_one_comes_twice(mini, monkeypatch):
     assert first != second
 
 
+@pytest.mark.lab
 def test_more_steps_learn_more(mini, probed):
     longer = train_probe.train_probe(with_training(mini, max_steps=40)).probed
     losses = [probe_loss(found, "train", 10) for found in (probed, longer)]
@@ -360,6 +361,7 @@ def test_more_steps_learn_more(mini, probed):
     assert not longer.probe.training
 
 
+@pytest.mark.lab
 def test_each_module_has_its_learning_rate(mini):
     """What hardly learns stays where its seed put it."""
     still = {"connector": 1e-30, "language_model": 1e-30}
@@ -573,6 +575,7 @@ def try_both(after):
     return [record_of(after(name)) for name in ("first", "second")]
 
 
+@pytest.mark.lab
 def test_the_learning_rate_is_looked_for_with_the_probe(after, mini):
     """At the width of the language model that shall read the tokens."""
     first, second = try_both(after)
@@ -582,6 +585,7 @@ def test_the_learning_rate_is_looked_for_with_the_probe(after, mini):
     assert first["loss"] != second["loss"]
 
 
+@pytest.mark.lab
 def test_the_language_model_starts_from_the_probes_connector(after, mini):
     """By the chosen rate and the run's own seed; its own rates are as the recipe has them."""
     try_both(after)
@@ -598,6 +602,7 @@ def test_the_language_model_starts_from_the_probes_connector(after, mini):
     assert record["scores"][f"{SMALL.name}:test"]["num_questions"] == 6
 
 
+@pytest.mark.lab
 def test_blind_is_the_same_guess_for_a_language_model(after):
     data = f"{SMALL.name}:test"
     try_both(after)
@@ -611,6 +616,7 @@ def test_blind_is_the_same_guess_for_a_language_model(after):
     assert with_prior(elsewhere, "easy-vqa", []) is elsewhere
 
 
+@pytest.mark.lab
 def test_the_probe_is_trained_once(after, monkeypatch):
     """A killed run goes on from what it left, unless another rate is chosen by then."""
     try_both(after)
@@ -626,12 +632,14 @@ def test_the_probe_is_trained_once(after, monkeypatch):
     record_of(after("run"))
 
 
+@pytest.mark.lab
 def test_a_share_of_the_samples_is_one_of_the_probe_too(after):
     try_both(after)
     record = record_of(after("run", fraction=0.5))
     assert [record[key]["finetune"]["max_samples"] for key in ("heads", "recipe")] == [5, 5]
 
 
+@pytest.mark.lab
 def test_no_model_is_left(after):
     try_both(after)
     record_of(after("run", keep_models=False))
@@ -652,6 +660,7 @@ def test_what_comes_after_the_probe_does_not_change_its_trials(after):
     assert replace(trial, run=changed).fingerprint == trial.fingerprint
 
 
+@pytest.mark.lab
 def test_the_step_is_the_language_models(after):
     assert record_of(after("steps"))["step_seconds"] > 0
 

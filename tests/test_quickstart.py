@@ -47,6 +47,7 @@ def fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_is_fetched", lambda entry: True)
 
 
+@pytest.mark.lab
 @pytest.mark.usefixtures("fetched")
 def test_stopped_it_starts_anew_and_does_not_say_that_it_goes_on(tmp_path, monkeypatch, capsys):
     """Its seconds are of the whole way; so the exit code is not the one that asks to be started again."""

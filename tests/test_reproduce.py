@@ -132,6 +132,7 @@ def record_of(results, name, table="table0-mini"):
     return json.loads((results / table / "runs" / f"{name}.json").read_text())
 
 
+@pytest.mark.lab
 def test_a_plan_leaves_records_table_and_figure_and_no_weights(made, plan):
     results, work, text = made
     found = sorted(path.stem for path in (results / "table0-mini/runs").iterdir())
@@ -156,6 +157,7 @@ def test_a_plan_leaves_records_table_and_figure_and_no_weights(made, plan):
     assert len(list(work.rglob("predictions.jsonl"))) == 4
 
 
+@pytest.mark.lab
 def test_every_row_has_the_same_recipe_but_for_its_connector_and_chosen_rate(made):
     results = made[0]
     for name in ("acformer-T5", "mlp-T16"):
@@ -173,11 +175,13 @@ def test_every_row_has_the_same_recipe_but_for_its_connector_and_chosen_rate(mad
     assert recipes[0] == recipes[1]
 
 
+@pytest.mark.lab
 def test_what_is_done_is_not_done_again(copied, plan, made):
     assert copied(plan) == made[2]
     assert copied.trained == []
 
 
+@pytest.mark.lab
 def test_a_new_connector_adds_its_row_and_nothing_else(copied, plan, monkeypatch):
     for name in set(CONNECTORS) - {"acformer", "mlp"}:
         monkeypatch.delitem(CONNECTORS, name)
@@ -197,6 +201,7 @@ def test_a_new_connector_adds_its_row_and_nothing_else(copied, plan, monkeypatch
     assert (len(lines), len(others)) == (3, 2)
 
 
+@pytest.mark.lab
 def test_more_seeds_of_chosen_rows_train_the_new_ones_alone(copied, plan):
     copied(replace(plan, scale=replace(plan.scale, seeds=3)), connectors=["mlp"])
     assert copied.trained == ["mlp-T16-seed2"]
@@ -204,6 +209,7 @@ def test_more_seeds_of_chosen_rows_train_the_new_ones_alone(copied, plan):
         copied(plan, connectors=["mpl"])
 
 
+@pytest.mark.lab
 def test_fewer_seeds_show_all_that_there_are(copied, plan, made):
     fewer = replace(plan, scale=replace(plan.scale, seeds=1))
     assert copied(fewer, connectors=["mlp"]) == copied(fewer) == made[2]
@@ -215,6 +221,7 @@ def test_fewer_seeds_show_all_that_there_are(copied, plan, made):
     assert copied(fewer) != made[2]
 
 
+@pytest.mark.lab
 def test_steps_are_timed_one_row_after_the_other_when_all_runs_are_done(copied, plan, monkeypatch):
     stages = []
 
@@ -229,6 +236,7 @@ def test_steps_are_timed_one_row_after_the_other_when_all_runs_are_done(copied, 
     assert copied.trained == ["acformer-T5", "mlp-T16"]
 
 
+@pytest.mark.lab
 def test_a_timing_that_fails_is_told_and_its_row_stays(copied, plan, monkeypatch):
     def stopped(*_):
         raise RuntimeError("the clock stopped")
@@ -253,6 +261,7 @@ def test_a_timing_is_of_the_step_alone(plan):
     assert len(set(marks(plan.scale))) == 2
 
 
+@pytest.mark.lab
 def test_another_table_takes_over_what_this_one_made(copied, plan):
     copied(replace(plan, name="table9"))
     assert copied.trained == []
@@ -261,6 +270,7 @@ def test_another_table_takes_over_what_this_one_made(copied, plan):
     assert steps[0].read_text() == steps[1].read_text()
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize("text", [b"", b"[1]", b'{"fingerprint": []}', b"\xff\xfe"])
 def test_other_files_beside_are_passed_over(copied, plan, text):
     (copied.results / "notes/mine").mkdir(parents=True)
@@ -269,6 +279,7 @@ def test_other_files_beside_are_passed_over(copied, plan, text):
     assert copied.trained == []
 
 
+@pytest.mark.lab
 @pytest.mark.parametrize("text", ['{"fingerprint": "12', "[1]"])
 def test_a_broken_record_is_named(copied, plan, text):
     (copied.results / "table0-mini/runs/mlp-T16-seed1.json").write_text(text)
@@ -277,12 +288,14 @@ def test_a_broken_record_is_named(copied, plan, text):
     assert copied.trained == []
 
 
+@pytest.mark.lab
 def test_records_of_another_plan_are_refused(copied, plan):
     changed = replace(plan, scale=replace(plan.scale, limit=3))
     with pytest.raises(UsageError, match=r"acformer-T5-seed0.json was made by another plan"):
         copied(changed)
 
 
+@pytest.mark.lab
 def test_a_killed_plan_goes_on(copied, plan, monkeypatch):
     three, spy = replace(plan, scale=replace(plan.scale, seeds=3)), execute.train
 
@@ -309,6 +322,7 @@ class Broken(MLPConnector):
         raise RuntimeError("out of\nideas")
 
 
+@pytest.mark.lab
 def test_a_failing_run_is_told_and_the_others_go_on(copied, plan, monkeypatch):
     monkeypatch.setitem(CONNECTORS, "broken", Broken)
     rows = (TableRow("broken", "broken"), TableRow("unheard", "perceiver", {"num_heads": "x"}), ROWS[1])
@@ -325,6 +339,7 @@ def test_a_failing_run_is_told_and_the_others_go_on(copied, plan, monkeypatch):
     assert "failed" not in (copied.results / "table0-mini/table.md").read_text().lower()
 
 
+@pytest.mark.lab
 def test_fewer_samples_and_as_many_steps(copied, plan):
     copied(replace(plan, rows=ROWS[:1], fractions=(0.25,), scale=replace(plan.scale, seeds=1)))
     assert copied.trained == ["acformer-T5-0.25-seed0"]
@@ -333,6 +348,7 @@ def test_fewer_samples_and_as_many_steps(copied, plan):
     assert "0.25 of the samples" in (copied.results / "table0-mini/table.md").read_text()
 
 
+@pytest.mark.lab
 def test_processes_share_the_work(plan, tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     search = replace(plan.scale.search, factors=(1.0,))  # one is no choice: no trials
@@ -550,6 +566,7 @@ def test_a_table_whose_measure_did_not_learn_does_not_count(page):
     assert "is not known" in table_text(page, [measured("acformer", [0.8])])
 
 
+@pytest.mark.lab
 def test_a_changed_recipe_is_another_table(copied, plan):
     changed = replace(plan, name="longer", table="table0", scale=replace(plan.scale, overrides=CHANGED))
     assert copied(changed, connectors=["mlp"]) != copied(plan)

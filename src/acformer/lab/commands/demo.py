@@ -1,7 +1,7 @@
-"""`acformer demo`: a page on which one drops a picture, sees its anchors, moves them and asks."""
+"""`acformer demo`: a page on which one drops an image, sees its anchors, moves them and asks."""
 
 import argparse
-import os
+import shutil
 import sys
 from typing import Any
 
@@ -23,19 +23,21 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serves until Ctrl-C."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio asks its home page for news when it is imported
     try:
-        from acformer.lab.demo.app import Page
+        from acformer.lab.demo.app import UPLOADS, Page
     except ImportError as error:
         raise UsageError(f"the page needs gradio ({error}): pip install 'acformer[demo]'") from error
     from acformer.hf.build import parse_device, parse_dtype
-    from acformer.lab.demo.start import opening
+    from acformer.lab.demo.page_setup import set_up_page
 
     dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
-    page = Page(opening(arguments.model, arguments.compare, dtype, parse_device(arguments.device)))
+    page = Page(set_up_page(arguments.model, arguments.compare, dtype, parse_device(arguments.device)))
     try:
         _, url, _ = page.launch(arguments.host, arguments.port, prevent_thread_lock=True, quiet=True)
     except OSError as error:
         raise UsageError(f"cannot serve at {arguments.host}: {error}; choose another --port or --host") from error
     sys.stderr.write(f"the page is at {url} (Ctrl-C ends it)\n")
-    page.blocks.block_thread()
+    try:
+        page.blocks.block_thread()
+    finally:
+        shutil.rmtree(UPLOADS, ignore_errors=True)  # at once: gradio's threads may outlive the page

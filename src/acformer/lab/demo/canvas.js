@@ -1,4 +1,4 @@
-// The picture of canvas.py: a click, or Enter on the patch that the arrow keys reached, is the event "patch".
+// The image of canvas.py: a click, or Enter on the patch that the arrow keys reached, is the event "patch".
 // gradio gives: element, the component's root, which stays; trigger; watch. What is inside is patched in place.
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 const NEXT = { "-": "select it to pin it", p: "pinned; select it to remove it", r: "removed; select it to free it" };

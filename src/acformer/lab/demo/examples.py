@@ -1,4 +1,4 @@
-"""What a visitor can begin with: pictures that lie in the cache already, and questions that a model was trained on."""
+"""What a visitor can begin with: images that lie in the cache already, and questions that a model was trained on."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +15,7 @@ from acformer.lab.scenes.draw import draw_scene
 from acformer.lab.scenes.layout import make_scene
 from acformer.training.recipe import load_recipe
 
-ANY_MODEL = ("What is in the picture?", "Describe the picture in one sentence.", "What colour stands out?")
+ANY_MODEL = ("What is in the image?", "Describe the image in one sentence.", "What colour stands out?")
 
 
 def trained_on(model_folder: str | Path) -> str:
@@ -33,7 +33,7 @@ def questions(data: str) -> tuple[str, ...]:
     return (named[0].example_questions() if named else ()) or ANY_MODEL
 
 
-def pictures(data: str = "") -> dict[str, Image.Image]:
+def images(data: str = "") -> dict[str, Image.Image]:
     """Up to three, by name: a shape, a scene, a photograph; what the data has comes first, else the photograph."""
     first = {"easy-vqa": "A shape", "openmoji-scenes": "A scene"}.get(data.removesuffix("-small"), "A photograph")
     found = {}
@@ -44,12 +44,12 @@ def pictures(data: str = "") -> dict[str, Image.Image]:
 
 
 def _shape() -> Image.Image:
-    """The first test picture of easy-VQA or, where it is not fetched, one like it."""
+    """The first test image of easy-VQA or, where it is not fetched, one like it."""
     with suppress(DataError):
         return load_image(embedded_path("easy-vqa") / "images/test/0.png")
-    picture = Image.new("RGB", (64, 64), (232, 240, 247))
-    ImageDraw.Draw(picture).ellipse((18, 26, 42, 50), fill=(0, 128, 128))
-    return picture
+    image = Image.new("RGB", (64, 64), (232, 240, 247))
+    ImageDraw.Draw(image).ellipse((18, 26, 42, 50), fill=(0, 128, 128))
+    return image
 
 
 def _scene() -> Image.Image:

@@ -1,7 +1,7 @@
-// Page-wide: a picture dropped anywhere or pasted is uploaded; a slider moved by keys is let go when the key is.
+// Page-wide: an image dropped anywhere or pasted is uploaded; a slider moved by keys is let go when the key is.
 () => {
   const give = (files) => {
-    const input = document.querySelector("#pictures input[type=file]");
+    const input = document.querySelector("#images input[type=file]");
     if (!input || !files || !files.length) return;
     const one = new DataTransfer();
     one.items.add(files[0]);

@@ -32,7 +32,7 @@ class Pins:
         return Pins(self.pinned if patch in self.removed else self.pinned | {patch}, self.removed - {patch})
 
 
-def steer(features: VisionFeatures, pins: Pins) -> VisionFeatures:
+def apply_pins(features: VisionFeatures, pins: Pins) -> VisionFeatures:
     """The features of one image with scores that a search must follow.
 
     With e the smallest positive number, head by head: A' = max(A, e) for free patches, max(A, e) + 2 max_n A' for
@@ -48,7 +48,7 @@ def steer(features: VisionFeatures, pins: Pins) -> VisionFeatures:
         raise UsageError("this encoder gives no [CLS] attention, so there are no anchors to pin")
     scores = features.cls_attention.clamp_min(torch.finfo(features.cls_attention.dtype).tiny)
     if outside := [patch for patch in pins.pinned | pins.removed if not 0 <= patch < scores.shape[-1]]:
-        raise UsageError(f"patch {outside[0]} is outside the picture's {scores.shape[-1]} patches")
+        raise UsageError(f"patch {outside[0]} is outside the image's {scores.shape[-1]} patches")
     best = scores.amax(dim=-1, keepdim=True)
     scores[..., sorted(pins.pinned)] += 2 * best
     scores[..., sorted(pins.removed)] = 0

@@ -1,4 +1,4 @@
-"""A picture as an encoder sees it: what the page draws from, encoded once and kept."""
+"""An image as an encoder sees it: what the page draws from, encoded once and kept."""
 
 import time
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from acformer.errors import UsageError
 from acformer.vision.encoder import VisionEncoder
 from acformer.vision.features import VisionFeatures
 
-MAX_SIDE = 1024  # pixels of the picture that is kept and sent to the browser
+MAX_SIDE = 1024  # pixels of the image that is kept and sent to the browser
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """A picture and its features.
+class EncodedImage:
+    """An image and its features.
 
-    picture: RGB, of at most `MAX_SIDE` pixels a side: what is shown, and all that is kept of it. features: of this one
-    image, B = 1. seconds: what encoding took. pad_to_square: the encoder saw the picture padded to a square, not
+    image: RGB, of at most `MAX_SIDE` pixels a side: what is shown, and all that is kept of it. features: of this one
+    image, B = 1. seconds: what encoding took. pad_to_square: the encoder was given the image padded to a square, not
     squashed into one.
     """
 
-    picture: Image.Image
+    image: Image.Image
     features: VisionFeatures
     seconds: float
     pad_to_square: bool
@@ -37,8 +37,8 @@ class Look:
 
 
 @dataclass(frozen=True, eq=False)
-class Eye:
-    """An encoder and what makes its pixels; called with a picture, it gives a `Look`.
+class ImageEncoder:
+    """An encoder and what makes its pixels; called with an image, it gives an `EncodedImage`.
 
     encode: (1, 3, Y, X) pixels -> features. like: a weight of the encoder, for device and dtype.
     """
@@ -48,22 +48,22 @@ class Eye:
     like: Tensor
 
     @classmethod
-    def of_encoder(cls, encoder: VisionEncoder, image_processor: Any) -> "Eye":
+    def of_encoder(cls, encoder: VisionEncoder, image_processor: Any) -> "ImageEncoder":
         """That of an encoder without a language model."""
         return cls(encoder, image_processor, next(encoder.parameters()))
 
-    def __call__(self, picture: Image.Image) -> Look:
-        """Encode a picture; `UsageError` where the encoder has no [CLS] attention."""
-        pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"]
+    def __call__(self, image: Image.Image) -> EncodedImage:
+        """Encode an image; `UsageError` where the encoder has no [CLS] attention."""
+        pixels = self.image_processor(image, return_tensors="pt")["pixel_values"]
         start = now(self.like.device)
         with torch.inference_mode():
             features = self.encode(pixels.to(self.like.device, self.like.dtype))
         seconds = now(self.like.device) - start
         if features.cls_attention is None:
             raise UsageError("this encoder gives no [CLS] attention, so it has no anchors")
-        shown = picture.copy()
+        shown = image.copy()
         shown.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        return Look(shown, features, seconds, bool(self.image_processor.to_dict().get("do_pad")))
+        return EncodedImage(shown, features, seconds, bool(self.image_processor.to_dict().get("do_pad")))
 
 
 def now(device: torch.device) -> float:

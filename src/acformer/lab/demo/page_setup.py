@@ -10,11 +10,11 @@ from acformer.errors import UsageError
 from acformer.fetch.embedded import resolve
 from acformer.hf.build import square_image_processor
 from acformer.hf.checkpoints import load_model, model_folder
-from acformer.lab.demo.examples import pictures, questions, trained_on
-from acformer.lab.demo.look import Eye
+from acformer.lab.demo.demo_model import DemoModel
+from acformer.lab.demo.encoded_image import ImageEncoder
+from acformer.lab.demo.examples import images, questions, trained_on
 from acformer.lab.demo.pins import Pins
-from acformer.lab.demo.respondent import Respondent
-from acformer.lab.demo.visit import Guide
+from acformer.lab.demo.session import Controller
 from acformer.vision.encoder import load_vision_encoder
 
 RUNS = Path("runs/quickstart")
@@ -22,16 +22,16 @@ ENCODER, IMAGE_SIZE, NUM_ANCHORS = "embedded:dinov2-s14", 336, 64
 
 
 @dataclass(frozen=True, eq=False)
-class Opening:
-    """A guide, and what the page shows before a visitor has done anything; `num_anchors` is where its slider stands."""
+class PageSetup:
+    """A controller, and what the page shows at first; `num_anchors` is where its slider stands."""
 
-    guide: Guide
-    pictures: dict[str, Image.Image]
+    controller: Controller
+    images: dict[str, Image.Image]
     questions: tuple[str, ...]
     num_anchors: int
 
 
-def opening(model: str | None, compare: str | None, dtype: torch.dtype | str, device: torch.device) -> Opening:
+def set_up_page(model: str | None, compare: str | None, dtype: torch.dtype | str, device: torch.device) -> PageSetup:
     """Load what was named; without a model the newest run in `runs/quickstart` or, failing that, the encoder alone.
 
     Raises:
@@ -43,17 +43,16 @@ def opening(model: str | None, compare: str | None, dtype: torch.dtype | str, de
         raise UsageError("--compare needs a model to compare with, and none was trained here: name it with --model")
     if trained is None:
         encoder = load_vision_encoder(ENCODER).to(device)
-        eye = Eye.of_encoder(encoder, square_image_processor(resolve(ENCODER), IMAGE_SIZE))
-        return Opening(Guide(eye=eye), pictures(), (), NUM_ANCHORS)
-    names = [name for name in (trained, compare) if name is not None]
-    respondents = [_respondent(name, dtype, device) for name in names]
-    data = trained_on(model_folder(trained))
-    first = respondents[0]
-    start = Opening(
-        Guide(respondents), pictures(data), questions(data), max(first.connector.num_tokens - first.num_others, 1)
-    )
-    _wake(start)
-    return start
+        image_encoder = ImageEncoder.of_encoder(encoder, square_image_processor(resolve(ENCODER), IMAGE_SIZE))
+        return PageSetup(Controller(image_encoder=image_encoder), images(), (), NUM_ANCHORS)
+    models = [_load(name, dtype, device) for name in (trained, compare) if name is not None]
+    data, first = trained_on(model_folder(trained)), models[0]
+    num_anchors = max(first.connector.num_tokens - first.num_others, 1)
+    setup = PageSetup(Controller(models), images(data), questions(data), num_anchors)
+    for each in models:  # a token of each now, so that the first visitor's times are not those of warming up
+        encoded = each.image_encoder(next(iter(setup.images.values())))
+        each.answer(encoded, "?", each.connector.num_tokens, Pins(), max_new_tokens=1)
+    return setup
 
 
 def newest_run(runs: Path) -> str | None:
@@ -66,14 +65,6 @@ def newest_run(runs: Path) -> str | None:
     return str(finished[max(finished)]) if finished else None
 
 
-def _respondent(name: str, dtype: torch.dtype | str, device: torch.device) -> Respondent:
+def _load(name: str, dtype: torch.dtype | str, device: torch.device) -> DemoModel:
     model, processor = load_model(name, dtype=dtype, device=device)
-    return Respondent(f"{model.config.connector} ({name})", model, processor)
-
-
-def _wake(start: Opening) -> None:
-    """One word from every model, so that the first visitor's times are not those of waking up."""
-    picture = next(iter(start.pictures.values()))
-    for respondent in start.guide.respondents:
-        look = respondent.eye(picture)
-        respondent.answer(look, "?", respondent.connector.num_tokens, Pins(), max_new_tokens=1)
+    return DemoModel(f"{model.config.connector} ({name})", model, processor)

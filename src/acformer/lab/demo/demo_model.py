@@ -1,4 +1,4 @@
-"""A model that answers about a picture which is already encoded, and what each answer cost: one measurement each."""
+"""A model that answers about an image which is already encoded, and what each answer cost: one measurement each."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +13,17 @@ from acformer.errors import UsageError
 from acformer.evaluate.generate import decode, generation_options
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.lab.bench.roofline import kv_bytes
-from acformer.lab.demo.look import Eye, Look, now
-from acformer.lab.demo.pins import Pins, steer
+from acformer.lab.demo.encoded_image import EncodedImage, ImageEncoder, now
+from acformer.lab.demo.pins import Pins, apply_pins
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said, by whom, of how many visual tokens, and at what cost.
+    """What a model answered, from how many visual tokens, and at what cost.
 
     encoder, connector, prefill, language_model: seconds; prefill is the language model's up to its first token, a part
     of language_model. kv_bytes: keys and values that the language model holds at the end; image_kv_bytes: those of
-    the picture.
+    the image.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Answer:
         return self.encoder + self.connector + self.prefill
 
 
-class Respondent:
+class DemoModel:
     """A model and its processor on the page.
 
     name: what the page calls it. reads_anchors: its connector's queries are the anchors, so that pins reach it.
@@ -53,7 +53,8 @@ class Respondent:
 
     def __init__(self, name: str, model: AcFormerForConditionalGeneration, processor: AcFormerProcessor):
         self.name, self.model, self.processor = name, model, processor
-        self.eye = Eye(model.get_vision_features, processor.image_processor, next(model.parameters()))
+        weight = next(model.parameters())
+        self.image_encoder = ImageEncoder(model.get_vision_features, processor.image_processor, weight)
         self.connector = model.model.connector
         queries = self.connector.queries if isinstance(self.connector, QueryConnector) else None
         self.reads_anchors, self.num_others = False, min(1, model.config.geometry.num_prefix_tokens)
@@ -65,10 +66,12 @@ class Respondent:
         """T for a wish: the wish, where the connector is elastic; else its own."""
         return num_tokens if self.connector.elastic else self.connector.num_tokens
 
-    def answer(self, look: Look, question: str, num_tokens: int, pins: Pins, max_new_tokens: int = 64) -> Answer:
+    def answer(
+        self, encoded: EncodedImage, question: str, num_tokens: int, pins: Pins, max_new_tokens: int = 64
+    ) -> Answer:
         """Greedy, of `budget(num_tokens)` visual tokens. `UsageError`: the connector cannot give so many."""
         device, budget = self.model.device, self.budget(num_tokens)
-        features = steer(look.features, pins)
+        features = apply_pins(encoded.features, pins)
         ids = torch.tensor([self._prompt(question, budget)], device=device)
         clock = FirstToken(device)
         with torch.inference_mode():
@@ -91,11 +94,11 @@ class Respondent:
             text=decode(self.processor, new)[0],
             num_tokens=budget,
             pins=pins,
-            encoder=look.seconds,
+            encoder=encoded.seconds,
             connector=connected - begun,
             prefill=clock.first - connected,
             language_model=ended - connected,
-            kv_bytes=kv_bytes(text, output.shape[1] - 1, dtype),  # the last token is said, not read
+            kv_bytes=kv_bytes(text, output.shape[1] - 1, dtype),  # the last token is not fed back
             image_kv_bytes=kv_bytes(text, self.processor.count_placeholders(budget), dtype),
         )
 
