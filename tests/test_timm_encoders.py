@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,9 +25,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import is_torchvision_available
 
 from acformer.errors import CheckpointError, UsageError
-from acformer.vision.encoder import VisionEncoder, load_vision_encoder, pixel_statistics
+from acformer.hf.build import build_model
+from acformer.hf.checkpoints import load_model
+from acformer.vision.encoder import VisionEncoder, load_vision_encoder
 from acformer.vision.feature_cache import encoder_key
 from acformer.vision.features import VisionFeatures
+from acformer.vision.load import pixel_statistics
+from acformer.vision.recording import THREAD
 
 pytestmark = pytest.mark.extras
 
@@ -372,16 +378,16 @@ def test_names_that_do_not_load(name, error, message, libraries, monkeypatch):
         load_vision_encoder(name)
 
 
-def test_models_that_we_do_not_read(libraries, make, make_visual):
-    with pytest.raises(UsageError, match=r"the model is a Linear, which is no encoder that we read: open_clip"):
+def test_models_that_are_not_supported(libraries, make, make_visual):
+    with pytest.raises(UsageError, match=r"the model is a Linear, which is no supported encoder: open_clip"):
         load_vision_encoder(nn.Linear(2, 2))
-    with pytest.raises(UsageError, match=r"blocks with one attention each"):
+    with pytest.raises(UsageError, match=r"the model: models of timm need square patches and one attention a block"):
         load_vision_encoder(make(block_fn=libraries.timm.models.vision_transformer.ParallelScalingBlock))
     for fields in ({"img_size": (28, 35)}, {"patch_size": (7, 14)}):
-        with pytest.raises(UsageError, match=r"of timm we read square patches"):
+        with pytest.raises(UsageError, match=r"models of timm need square patches"):
             load_vision_encoder(make(**fields))
     for fields in ({"scaled_cosine_attn": True}, {"image_size": (28, 35)}, {"patch_size": (7, 14)}):
-        with pytest.raises(UsageError, match=r"of open_clip we read square patches and nn.MultiheadAttention"):
+        with pytest.raises(UsageError, match=r"models of open_clip need square patches"):
             load_vision_encoder(make_visual(**fields))
     with pytest.raises(UsageError, match="does not say the mean and std"):
         pixel_statistics(load_vision_encoder(make()).tower)
@@ -412,7 +418,7 @@ def test_other_image_sizes(name, size, grid, make):
     torch.testing.assert_close(features.cls_attention, maps[-2][:, :, 0, PREFIX.get(name, 1) :], **ROW_TOLERANCE)
 
 
-def test_a_fixed_size_is_told(make):
+def test_another_size_than_a_fixed_one(make):
     encoder = load_vision_encoder(make("fixed_size"))
     with pytest.raises(UsageError, match="VisionTransformer does not take 56 x 56 pixels: give it 28 x 28"):
         encoder(torch.zeros(1, 3, 56, 56))
@@ -450,7 +456,7 @@ def test_autocast_does_not_round_the_row(model, pixels):
     assert (row.bfloat16().float() != row).float().mean() > 0.9
 
 
-def test_a_copy_has_a_tap_of_its_own(model, pixels):
+def test_a_copy_has_weights_of_its_own(model, pixels):
     encoder = load_vision_encoder(model, hidden_layers=[0, 1])
     expected = encode(encoder, pixels)
     other = copy.deepcopy(encoder)
@@ -458,7 +464,6 @@ def test_a_copy_has_a_tap_of_its_own(model, pixels):
         for parameter in other.parameters():
             parameter.mul_(0.5)
     assert not torch.equal(encode(other, pixels).cls_attention, expected.cls_attention)
-    assert encoder.tap.tokens is None
     again = encode(encoder, pixels)
     assert torch.equal(again.cls_attention, expected.cls_attention)
     assert torch.equal(again.hidden_layers, expected.hidden_layers)
@@ -476,6 +481,7 @@ def test_a_failed_pass_leaves_nothing_behind(make, pixels):
         encoder(pixels)
     hook.remove()
     assert torch.overrides._get_current_function_mode() is None
+    assert THREAD.recording is None
     assert encode(encoder, pixels).cls_attention is not None
 
 
@@ -500,3 +506,140 @@ def test_caches_know_the_encoder_by_its_weights(make):
     with torch.no_grad():
         next(encoder.parameters()).add_(1)
     assert key != encoder_key(encoder.tower, processor)
+
+
+# Whole models
+
+
+TEXT_MODEL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TIMM_FOLDERS = {
+    "registers": ("vit_tiny_patch16_224", VIT["registers"]),
+    "eva_rope": ("eva02_tiny_patch14_224", {**EVA["eva_rope"], "swiglu_mlp": False, "mlp_ratio": 4.0}),
+}
+
+
+@pytest.fixture(params=[*TIMM_FOLDERS, "open_clip_vit", "open_clip_eva"])
+def name(request, make, libraries, tmp_path) -> str:
+    """Of an encoder's folder, as the library writes it for the hub; of EVA-CLIP's kind is the last."""
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    if request.param in TIMM_FOLDERS:
+        architecture, fields = TIMM_FOLDERS[request.param]
+        sizes = {key: value for key, value in SIZES.items() if key != "num_classes"}
+        return timm_folder(make(request.param), architecture, folder, **sizes, **fields)
+    image = OWN_VIT if request.param == "open_clip_vit" else {**EVA_TRUNK, "timm_model_name": EVA_ARCHITECTURE}
+    torch.manual_seed(0)
+    model = roughened(libraries.open_clip.CustomTextCLIP(8, image, TEXT_SIZES))
+    return open_clip_folder(model, image, folder)
+
+
+EVA_ARCHITECTURE = "tiny_eva_of_the_tests"
+
+
+@pytest.fixture(autouse=True)
+def small_eva(request):
+    """A name for a small Eva with rotary positions, which timm has none of."""
+    if "name" in request.fixturenames:
+        libraries = request.getfixturevalue("libraries")
+        if not libraries.timm.is_model(EVA_ARCHITECTURE):
+            fields = {**SIZES, "img_size": 160, "patch_size": 16, "use_rot_pos_emb": True, "ref_feat_shape": (10, 10)}
+
+            def tiny_eva_of_the_tests(pretrained=False, **kwargs):
+                return libraries.timm.models.eva._create_eva(
+                    "eva02_tiny_patch14_224", pretrained=pretrained, **{**fields, **kwargs}
+                )
+
+            tiny_eva_of_the_tests.__module__ = "timm.models.eva"
+            libraries.timm.models.register_model(tiny_eva_of_the_tests)
+
+
+def open_clip_folder(model: nn.Module, image: dict[str, Any], folder) -> str:
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": clip_config(image), "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return f"open_clip:local-dir:{folder}"
+
+
+def built(name: str, connector: str = "acformer", **kwargs: Any):
+    return build_model(name, TEXT_MODEL, connector, connector_kwargs=tiny.small_options(connector), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_whole_model_is_saved_and_loaded(name, dtype, tmp_path):
+    model, processor = built(name, dtype=dtype)
+    inputs = processor([tiny.picture()], "USER: <image> ASSISTANT:", return_tensors="pt")
+    with torch.no_grad():  # with a graph, nn.MultiheadAttention leaves its fast path and sums in another order
+        features = model.eval().get_vision_features(inputs["pixel_values"])
+    encoder = load_vision_encoder(name, dtype=getattr(torch, dtype))
+    alone = encode(encoder, inputs["pixel_values"])
+    for key, values in alone.arrays.items():
+        assert torch.equal(features.arrays[key], values)
+    assert tuple(processor.image_processor.image_mean) == MEAN
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    again, _ = load_model(str(tmp_path / "model"))
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+    assert {key for key in again.state_dict() if "vision_tower" in key} == {
+        f"model.vision_tower.{key}" for key in encoder.tower.state_dict()
+    }
+
+
+def test_a_saved_model_does_not_need_the_encoder_it_was_made_of(name, tmp_path):
+    model, processor = built(name)
+    inputs = processor([tiny.picture()], "USER: <image> ASSISTANT:", return_tensors="pt")
+    expected = model.eval()(**inputs).logits
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "encoder").iterdir():
+        file.unlink()
+    again, _ = load_model(str(tmp_path / "model"))
+    assert torch.equal(again(**inputs).logits, expected)
+
+
+def test_a_saved_model_without_the_library(name, tmp_path, monkeypatch):
+    model, processor = built(name)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    library = name.partition(":")[0]
+    monkeypatch.setitem(sys.modules, library, None)
+    message = rf"encoders of {library} need {library}: pip install 'acformer\[timm\]'"
+    with pytest.raises(UsageError, match=message) as caught:
+        load_model(str(tmp_path / "model"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_connector_of_a_whole_model_is_trained(name):
+    """A step, with the encoder frozen, and one that trains the encoder too."""
+    model, processor = built(name, "token_packer")
+    inputs = processor([tiny.picture()], "USER: <image> ASSISTANT: red", return_tensors="pt")
+    model.model.vision_tower.requires_grad_(False)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(weight.grad is None for weight in model.model.vision_tower.parameters())
+    assert any(weight.grad.any() for weight in model.model.connector.parameters())
+    model.model.vision_tower.requires_grad_(True)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in model.model.vision_tower.parameters())
+
+
+def test_a_model_given_as_an_object_cannot_be_built_again(make):
+    encoder = load_vision_encoder(make())
+    with pytest.raises(UsageError, match="given as an object, so it cannot be built again: name it"):
+        type(encoder.tower)(encoder.tower.config)
+
+
+def test_threads_get_the_features_of_their_own_images(model):
+    encoder = load_vision_encoder(model)
+    images = torch.randn(4, 1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    expected = [encode(encoder, image) for image in images]
+
+    def differ(number: int) -> int:
+        found = (encode(encoder, images[number]) for _ in range(100))
+        return sum(not torch.equal(one.cls_attention, expected[number].cls_attention) for one in found)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(differ, range(4))) == 0
+    finally:
+        sys.setswitchinterval(interval)

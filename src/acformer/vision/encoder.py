@@ -115,22 +115,22 @@ def encode(
             output = tower(**arguments)
     finally:
         THREAD.recording = outer
-    features = _features(tower, recording, patch_grid(tower.config, *pixel_values.shape[-2:]), len(blocks), layers)
+    features = _features(tower.config, recording, patch_grid(tower.config, *pixel_values.shape[-2:]), blocks, layers)
     last = features.tokens if output.last_hidden_state is None else output.last_hidden_state
     return BaseModelOutputWithPooling(last, None, output.hidden_states, output.attentions), features
 
 
 def _features(
-    tower: PreTrainedModel, recording: Recording, grid: tuple[int, int], last: int, layers: Sequence[int]
+    config: PreTrainedConfig, recording: Recording, grid: tuple[int, int], blocks: Any, layers: Sequence[int]
 ) -> VisionFeatures:
-    tokens, row, prefix = recording.tokens[last], recording.row, num_prefix_tokens(tower.config)
+    tokens, row, prefix = recording.tokens[len(blocks)], recording.row, num_prefix_tokens(config)
     if tokens.shape[1] != prefix + grid[0] * grid[1]:
         raise UsageError(
             f"the encoder gives {tokens.shape[1]} tokens for {grid[0]} x {grid[1]} patches, where its line in "
             f"acformer.vision.families says {prefix} + {grid[0] * grid[1]}: "
             "its patches are not in their places, or another number of tokens stands before them"
         )
-    if row is None and tower.gives_cls_attention:
+    if row is None and blocks.gives_cls_attention:
         raise UsageError(
             "the encoder's last block calls neither transformers' attention functions nor torch's "
             "scaled_dot_product_attention, so its [CLS] attention cannot be read (for timm, set TIMM_FUSED_ATTN=1)"
@@ -142,11 +142,12 @@ def _features(
 
 def prepare(tower: PreTrainedModel, feature_layer: int) -> PreTrainedModel:
     """Cut a tower after its feature layer and make it ready for `encode`, in place and once."""
-    if "gives_cls_attention" in vars(tower):
+    blocks = _blocks(tower)
+    if "gives_cls_attention" in vars(blocks):
         raise UsageError("this vision model already belongs to an encoder; load another copy for a second one")
     truncate(tower, feature_layer)
-    record_blocks(_blocks(tower))
-    tower.gives_cls_attention = record_row(tower)
+    record_blocks(blocks)
+    blocks.gives_cls_attention = record_row(tower)  # type: ignore[assignment]
     return tower
 
 
