@@ -80,3 +80,19 @@ def test_saved_files_are_readable_by_whom_the_umask_lets(tmp_path, umask):
         os.umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
     assert modes == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "../../other.safetensors"}}, r"names a file outside its folder: \.\./\.\./other"),
+        ({"weight_map": {"a": "/etc/other.safetensors"}}, "names a file outside its folder: /etc/other"),
+        ({"weight_map": {"a": 3}}, "cannot read"),
+        ([], "cannot read"),
+    ],
+)
+def test_an_index_of_weights_stays_in_its_folder(folder, index, message):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_manifest(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(str(folder))

@@ -1,8 +1,11 @@
 """The command line as a user meets it: one-line errors, exit codes, what the commands print."""
 
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -231,6 +234,38 @@ def test_of_a_workers_error_only_the_message_is_shown(capsys, monkeypatch):
     worker = torch.utils.data.DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")
     monkeypatch.setattr("acformer.commands.connectors.run", lambda arguments: next(iter(worker)))
     assert refused(capsys, 3, "connectors") == "acformer: error: a.json: record 3 (image)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (MemoryError(), 2, "out of memory: take smaller batches"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 4, "/data/x: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "/data/x"), 2, "/data/x: Permission denied"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(capsys, monkeypatch, error, code, message):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("acformer.commands.connectors.run", fail)
+    assert message in refused(capsys, code, "connectors")
+
+
+def test_a_bar_that_writes_to_a_file_is_not_written_at_every_step(capsys, monkeypatch):
+    for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        monkeypatch.delenv(name, raising=False)
+    code = """
+import os, sys
+from acformer.cli import main
+main(["connectors"])
+from tqdm import tqdm
+import time
+for _ in tqdm(range(200)):
+    time.sleep(0.01)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stderr.split("\r")) <= 3, done.stderr  # the first state and the last
 
 
 class Broken(torch.utils.data.Dataset):

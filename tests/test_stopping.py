@@ -290,3 +290,50 @@ def test_a_run_and_a_second_one_in_its_folder(command, tmp_path):
     (checkpoint,) = Path(tmp_path / "run/finetune").glob("checkpoint-*")
     assert verify_folder(checkpoint) is None
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["finetune", "recipe.yaml"]
+
+
+# Several processes
+
+
+def torchrun(tmp_path, *overrides: str) -> subprocess.Popen:
+    program = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    words = ["train", str(tmp_path / "two.yaml"), "stage=finetune", "pretrain=null", *overrides]
+    environment = {**os.environ, "ACFORMER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [*program, "-m", "acformer.cli", *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_several_processes_stop_at_the_same_step(recipe, tmp_path):  # noqa: F811
+    recipe(*ONE)  # writes the file
+    process = torchrun(tmp_path, "finetune.training.max_steps=100000")
+    try:
+        lines = iter(process.stderr.readline, "")
+        assert any("step 1 of" in line for line in lines)
+        start = time.monotonic()
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 25
+    (checkpoint,) = (tmp_path / "run/finetune").glob("checkpoint-*")
+    assert verify_folder(checkpoint) is None, said
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+@pytest.mark.slow
+def test_the_process_without_the_fault_says_so(recipe, data, tmp_path):  # noqa: F811
+    """One of two reads a sample that it cannot use, where none may be bad."""
+    import json
+
+    records = json.loads((data / "questions.json").read_text())
+    (data / "torn-only.png").write_bytes((data / "0.png").read_bytes()[:40])
+    records[1]["image"] = "torn-only.png"
+    (data / "one-torn.json").write_text(json.dumps(records))
+    recipe(*ONE)
+    sequential = "finetune.training.train_sampling_strategy=sequential"
+    process = torchrun(tmp_path, f"finetune.data={data}/one-torn.json", "finetune.max_bad_fraction=0", sequential)
+    _, said = process.communicate(timeout=200)
+    errors = [line for line in said.splitlines() if "acformer: error" in line]
+    assert any("torn-only.png" in line for line in errors), said
+    assert "third_party/gloo" not in said

@@ -130,6 +130,18 @@ def _check_path(name: str) -> None:
         raise CheckpointError(f"no model in {name}: there is no such folder{hint}")
 
 
+def _check_index(folder: Path) -> None:
+    """`CheckpointError` for an index of sharded weights that is none, or that names files outside the folder."""
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return
+    with translated(f"cannot read {path}", CheckpointError):
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = sorted(name for name in names if Path(name).name != name)
+    if outside:
+        raise CheckpointError(f"{path} names a file outside its folder: {outside[0]}")
+
+
 def load_model(
     name: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
@@ -146,6 +158,7 @@ def load_model(
             raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
         if (Path(folder) / MANIFEST).is_file() and (problem := verify_folder(Path(folder))):
             raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
+        _check_index(Path(folder))
     with translated(f"cannot load {name!r}", CheckpointError):
         model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = AcFormerProcessor.from_pretrained(folder)
