@@ -38,8 +38,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def picture(text: str) -> Path:
-    """A picture that can be written there."""
+def image_file(text: str) -> Path:
+    """An image that can be written there."""
     path = Path(text)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise argparse.ArgumentTypeError(f"must end in .png, .jpg or .webp, got {text!r}")

@@ -4,6 +4,7 @@ An encoder is an ordinary vision model of Hugging Face, timm or open_clip, froze
 that nobody reads do not run and are not stored.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     CLIPVisionModel,
     LlavaImageProcessorPil,
@@ -23,6 +23,7 @@ from transformers import (
 
 from acformer.errors import AcFormerError, CheckpointError, UsageError
 from acformer.fetch.embedded import resolve
+from acformer.untrusted import load_config
 from acformer.vision.cls_attention import ClsAttentionTap
 from acformer.vision.families import Tower, TowerConfig, encoder_family, num_prefix_tokens
 from acformer.vision.features import VisionFeatures
@@ -93,9 +94,18 @@ def pixel_statistics(vision: str | Tower) -> tuple[list[float], list[float]]:
     with loading(name):
         # The file itself: AutoImageProcessor wants torchvision in transformers < 5.19.
         own, _ = LlavaImageProcessorPil.get_image_processor_dict(name)
-    if not {"image_mean", "image_std"} <= own.keys():
-        raise CheckpointError(f"{name}: its preprocessor_config.json gives no image_mean and image_std")
-    return list(own["image_mean"]), list(own["image_std"])
+    mean, std = own.get("image_mean"), own.get("image_std")
+    if not (_are_three_numbers(mean) and _are_three_numbers(std) and all(std)):
+        raise CheckpointError(
+            f"{name}: its preprocessor_config.json gives no image_mean and image_std of three numbers, not 0: "
+            f"{mean!r}, {std!r}"
+        )
+    return list(mean), list(std)
+
+
+def _are_three_numbers(values: Any) -> bool:
+    is_list = isinstance(values, list | tuple) and len(values) == 3
+    return is_list and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def num_blocks(config: TowerConfig, layer: int, name: str = "feature_layer", least: int = 1) -> int:
@@ -174,7 +184,7 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
             f"{name}: a model is built and trained with a Hugging Face encoder only, see load_vision_encoder"
         )
     with loading(name):
-        model_type = AutoConfig.from_pretrained(name).model_type
+        model_type = load_config(name).model_type
         loader = {
             "clip": CLIPVisionModel,
             "clip_vision_model": CLIPVisionModel,
@@ -183,7 +193,7 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
         }.get(model_type, AutoModel)
         # Other shapes are let through to be told below, where transformers' own error would not name them.
         tower, report = loader.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
         )
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
@@ -207,4 +217,6 @@ def loading(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # files, configs and models have no end of ways to say that they are wrong
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it works only with code that comes along with it, and such code is never run"
         raise CheckpointError(f"cannot load {name!r}: {reason}") from error

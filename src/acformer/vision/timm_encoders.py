@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from acformer.errors import CheckpointError, UsageError
 
+PICKLES = (".bin", ".pth", ".pt", ".tar")
 SOURCES = ("hf-hub:", "local-dir:")  # both libraries' own: what follows brings its weights along
 
 
@@ -101,7 +102,14 @@ def _load_timm(model: str, weights: str, name: str) -> nn.Module:
     timm = _library("timm")
     if weights and not Path(weights).is_file():
         raise CheckpointError(f"cannot load {name!r}: there is no file {weights}")
-    file = {"pretrained_cfg_overlay": {"file": weights, "custom_load": False}} if weights else {}
+    folder = Path(model.removeprefix("local-dir:"))
+    if model.startswith("local-dir:") and (pickled := [p for p in folder.glob("*") if p.suffix in PICKLES]):
+        raise CheckpointError(f"{pickled[0]} is a pickle, which timm would load and which may run code: remove it")
+    # Read here, since timm would unpickle a file that it is given.
+    file = {}
+    if weights:
+        read = timm.models.load_state_dict(weights, weights_only=True)
+        file = {"pretrained_cfg_overlay": {"state_dict": read, "custom_load": False}}
     try:
         # With the classifier, which timm loads strictly; without, missing weights would stay random unnoticed.
         return timm.create_model(model, pretrained=True, dynamic_img_size=True, **file)
