@@ -363,6 +363,41 @@ def test_from_a_timm_file(libraries, tmp_path):
         load_vision_encoder(f"timm:test_vit@{path}")
 
 
+class Canary:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_run_no_code(libraries, make, tmp_path):
+    canary, file = tmp_path / "canary", tmp_path / "weights.pth"
+    torch.save({"state_dict": Canary(canary)}, file)
+    with pytest.raises(CheckpointError, match="cannot load"):
+        load_vision_encoder(f"timm:test_vit@{file}")
+    (tmp_path / "folder").mkdir()
+    sizes = {name: value for name, value in SIZES.items() if name != "num_classes"}
+    name = timm_folder(make("registers"), "vit_tiny_patch16_224", tmp_path / "folder", **sizes, **VIT["registers"])
+    file.rename(tmp_path / "folder/pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
+        load_vision_encoder(name)
+    torch.save({"state_dict": Canary(canary)}, file)
+    with pytest.raises(CheckpointError, match="cannot load"):
+        load_vision_encoder(f"open_clip:TINY-S6@{file}")
+    assert not canary.exists()
+
+
+def test_a_pickle_of_weights_alone_is_read(libraries, tmp_path):
+    model = roughened(libraries.timm.create_model("test_vit"))
+    torch.save({"state_dict": model.state_dict()}, path := tmp_path / "weights.pth")
+    read = load_vision_encoder(f"timm:test_vit.r160_in1k@{path}", -1)
+    pixels = torch.randn(1, 3, 160, 160)
+    assert torch.equal(encode(read, pixels).tokens, encode(load_vision_encoder(model, -1), pixels).tokens)
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [

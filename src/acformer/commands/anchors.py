@@ -1,29 +1,29 @@
-"""`acformer anchors`: the visual anchors of a picture, drawn and listed."""
+"""`acformer anchors`: the visual anchors of an image, drawn and listed."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from acformer.commands.arguments import ENCODER, ENCODER_HELP, add_device, picture, positive
+from acformer.commands.arguments import ENCODER, ENCODER_HELP, add_device, image_file, positive
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    sub = commands.add_parser("anchors", parents=[common], help="find and draw the visual anchors of a picture")
+    sub = commands.add_parser("anchors", parents=[common], help="find and draw the visual anchors of an image")
     sub.add_argument("image", type=Path)
     sub.add_argument("--vision", default=ENCODER, help=ENCODER_HELP)
     sub.add_argument("--num-anchors", type=positive, default=64)
     sub.add_argument("--image-size", type=positive, default=336, help="pixels a side that the encoder sees")
     sub.add_argument("--feature-layer", type=int, default=-2)
-    sub.add_argument("--out", type=picture, help="picture to write (default IMAGE.anchors.png)")
+    sub.add_argument("--out", type=image_file, help="image to write (default IMAGE.anchors.png)")
     sub.add_argument("--json", action="store_true", help="print indices and grid positions as JSON")
     add_device(sub)
     sub.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """Indices and places of the anchors, and where the picture is."""
+    """Indices and places of the anchors, and where the drawing is."""
     from acformer.images import load_image
 
     image = load_image(arguments.image)

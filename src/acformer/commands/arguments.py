@@ -46,8 +46,8 @@ def numbers(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def picture(text: str) -> Path:
-    """A picture that can be written there."""
+def image_file(text: str) -> Path:
+    """An image that can be written there."""
     path = Path(text)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise argparse.ArgumentTypeError(f"must end in .png, .jpg or .webp, got {text!r}")

@@ -1,29 +1,65 @@
-"""`acformer ask`: questions about a picture."""
+"""`acformer ask`: questions about an image, several or none."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 from acformer.commands.arguments import add_model, load
+from acformer.errors import UsageError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    sub = commands.add_parser("ask", parents=[common], help="ask questions about a picture")
+    sub = commands.add_parser(
+        "ask",
+        parents=[common],
+        help="ask questions about an image, several or none",
+        usage="acformer ask [OPTION ...] MODEL [IMAGE ...] QUESTION [QUESTION ...]",
+    )
     add_model(sub, max_new_tokens=128)
-    sub.add_argument("image", type=Path)
-    sub.add_argument("questions", nargs="+", metavar="question", help="more than one are turns of one dialogue")
+    about = "image files, then the question; more questions are turns of one dialogue"
+    sub.add_argument("words", nargs="+", metavar="IMAGE ... QUESTION", help=about)
     sub.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The answers are printed as they are made."""
+    images, questions = split_words(arguments.words)
     from acformer.images import load_image
 
-    load_image(arguments.image)  # a bad picture is told before the model is loaded
+    for image in images:
+        load_image(image)  # a bad image is told before the model is loaded
     from acformer.evaluate.generate import converse
 
     limits = {"num_visual_tokens": arguments.tokens, "max_new_tokens": arguments.max_new_tokens}
     model, processor = load(arguments)
-    for _ in converse(model, processor, arguments.image, arguments.questions, **limits, stream=True):
+    for _ in converse(model, processor, images, questions, **limits, stream=True):
         pass
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Image files come first, questions after them; `UsageError` for images alone or in between."""
+    is_image = [_is_image(word, is_last=word is words[-1]) for word in words]
+    count = [*is_image, False].index(False)
+    images, questions = words[:count], words[count:]
+    if not questions:
+        raise UsageError(f"there is no question behind {images[-1]}: acformer ask MODEL [IMAGE ...] QUESTION")
+    if any(is_image[count:]):
+        late = words[count + is_image[count:].index(True)]
+        raise UsageError(f"{late} stands behind {questions[0]!r}: images come before the first question")
+    return images, questions
+
+
+def _is_image(word: str, *, is_last: bool) -> bool:
+    """Whether it is a file, or the name of one that should be there; a last word may end in one: "what is in a.png"."""
+    if re.match(r"(https?|data):", word):
+        return True  # load_image says what is wrong with it
+    if word.lower().endswith(IMAGE_SUFFIXES) and not (is_last and re.search(r"\s", word)):
+        return True
+    try:
+        return bool(word) and Path(word).exists()
+    except (OSError, ValueError):  # longer than a file name may be
+        return False

@@ -1,4 +1,4 @@
-"""Questions in, answers out: greedy decoding in left-padded batches, or turn by turn about one picture."""
+"""Questions in, answers out: greedy decoding in left-padded batches, or turn by turn about some images, or none."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +12,11 @@ from transformers import TextStreamer
 from acformer.data.collate import stack_features
 from acformer.data.conversation import Message, encode_prompt, end_tokens
 from acformer.data.samples import Sample
+from acformer.errors import DataError, UsageError
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.hf.visual_token_cache import Features, VisualTokenCache
+from acformer.hf.adapters import unwrapped
+from acformer.hf.configuration_acformer import context_length
+from acformer.hf.visual_token_cache import Features, Source, VisualTokenCache
 from acformer.images import load_image
 
 
@@ -60,27 +63,41 @@ def answer(
 ) -> Iterator[str]:
     """The model's answer to each sample, in order, as it becomes known.
 
-    A picture that several questions are about runs through encoder and connector once (`VisualTokenCache`). `features`:
+    An image that several questions are about runs through encoder and connector once (`VisualTokenCache`). `features`:
     what a frozen encoder made of a path, if known. The batch does not change the answer (in float32). Errors:
-    `ImageError` for a picture that cannot be read; an evaluation never scores an error as a wrong answer.
+    `ImageError` for an image that cannot be read, `DataError` for a prompt longer than the model's context; an
+    evaluation never scores an error as a wrong answer.
     """
+    model = unwrapped(model)
     tokens = VisualTokenCache(model, processor, features=features)
-    options = generation_options(processor, max_new_tokens)
+
+    def answers(batch: Sequence[Sample]) -> Iterator[str]:
+        inputs = prompt_inputs(processor, [sample.prompt for sample in batch], num_visual_tokens=num_visual_tokens)
+        try:
+            room = new_tokens(model, inputs, max_new_tokens)
+        except UsageError as error:
+            raise DataError(f"among {', '.join(sample.id for sample in batch)}: {error}") from error
+        if room < max_new_tokens and len(batch) > 1:  # the longest prompt must not cut the others' answers
+            for sample in batch:
+                yield from answers([sample])
+            return
+        visual_tokens = tokens([path for sample in batch for path in sample.images], num_visual_tokens)
+        options = generation_options(processor, room)
+        with torch.inference_mode():
+            output = model.generate(**to_device(inputs, model.device), visual_tokens=visual_tokens, **options)
+        yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
+
     with tqdm(total=len(samples), desc="answer", unit="q", disable=not progress) as bar:
         for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            inputs = prompt_inputs(processor, [sample.prompt for sample in batch], num_visual_tokens=num_visual_tokens)
-            visual_tokens = tokens([path for sample in batch for path in sample.images], num_visual_tokens)
-            with torch.inference_mode():
-                output = model.generate(**to_device(inputs, model.device), visual_tokens=visual_tokens, **options)
-            yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
-            bar.update(len(batch))
+            for said in answers(samples[start : start + batch_size]):
+                yield said
+                bar.update()
 
 
 def converse(
     model: AcFormerForConditionalGeneration,
     processor: AcFormerProcessor,
-    image: Path | bytes,
+    images: Source | Sequence[Source],
     questions: Iterable[str],
     *,
     tokens: VisualTokenCache | None = None,
@@ -88,19 +105,23 @@ def converse(
     max_new_tokens: int = 128,
     stream: bool = False,
 ) -> Iterator[str]:
-    """The answers to questions about one picture, each a turn of one dialogue; the picture is encoded once.
+    """The answers to questions about an image, several or none (`[]`), each a turn of one dialogue.
 
-    A question is asked for when the answer to the one before was taken, so `questions` may be someone typing. `tokens`
-    keeps pictures over several calls. `stream` prints each answer word by word as it is made.
+    The images stand before the first question and are encoded once. A question is asked for when the answer to the one
+    before was taken, so `questions` may be someone typing. `tokens` keeps images over several calls. `stream` prints
+    each answer word by word as it is made; it ends where the model's context does. Errors: `UsageError` when the
+    dialogue alone is longer than that.
     """
+    model = unwrapped(model)
     tokens = tokens or VisualTokenCache(model, processor)
-    visual_tokens = tokens([image], num_visual_tokens)
-    options = generation_options(processor, max_new_tokens)
+    given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+    visual_tokens = tokens(given, num_visual_tokens)
     messages: list[Message] = []
     for question in questions:
         parts = [{"type": "text", "text": question}]
-        messages.append({"role": "user", "content": parts if messages else [{"type": "image"}, *parts]})
+        messages.append({"role": "user", "content": parts if messages else [*[{"type": "image"}] * len(given), *parts]})
         inputs = prompt_inputs(processor, [messages], num_visual_tokens=num_visual_tokens)
+        options = generation_options(processor, new_tokens(model, inputs, max_new_tokens))
         streamer = AnswerStreamer(processor) if stream else None
         with torch.inference_mode():
             output = model.generate(
@@ -114,12 +135,23 @@ def converse(
 def ask(
     model: AcFormerForConditionalGeneration,
     processor: AcFormerProcessor,
-    image: Path | bytes,
+    images: Source | Sequence[Source],
     question: str,
     **options: Any,
 ) -> str:
-    """The answer to one question about one picture; options as `converse`."""
-    return next(converse(model, processor, image, [question], **options))
+    """The answer to one question about an image, several or none; options as `converse`."""
+    return next(converse(model, processor, images, [question], **options))
+
+
+def new_tokens(model: AcFormerForConditionalGeneration, inputs: dict[str, Any], wanted: int) -> int:
+    """How many tokens of an answer still fit behind the prompts, `wanted` at most; `UsageError` for none at all."""
+    longest, context = int(inputs["attention_mask"].sum(1).max()), context_length(model.config)
+    if context is not None and longest >= context:
+        raise UsageError(
+            f"a prompt of {longest} tokens (images included) does not fit into the model's context of {context}: "
+            "shorten it, or take fewer images or visual tokens"
+        )
+    return wanted if context is None else min(wanted, context - longest)
 
 
 class AnswerStreamer(TextStreamer):

@@ -12,7 +12,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaImageProcessorPil,
@@ -29,6 +28,7 @@ from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.processing_acformer import IMAGE_TOKEN
+from acformer.untrusted import load_config
 from acformer.vision.encoder import truncate
 from acformer.vision.load import load_tower, loading, pixel_statistics
 
@@ -217,9 +217,9 @@ def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dt
 def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
     with loading(name):
-        AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        load_config(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -17,9 +17,13 @@ import torch
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from acformer.errors import CheckpointError, translated
+from acformer.errors import CheckpointError
 from acformer.files import file_sha256, flush_to_disk, partial_path, whole_file, whole_folder
-from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.adapters import adapter_base, merged
+from acformer.hf.processing_acformer import check_processor
+from acformer.untrusted import refuse_files_outside
+from acformer.vision.load import loading
 
 MANIFEST = "manifest.json"
 
@@ -130,36 +134,34 @@ def _check_path(name: str) -> None:
         raise CheckpointError(f"no model in {name}: there is no such folder{hint}")
 
 
-def _check_index(folder: Path) -> None:
-    """`CheckpointError` for an index of sharded weights that is none, or that names files outside the folder."""
-    path = folder / "model.safetensors.index.json"
-    if not path.exists():
-        return
-    with translated(f"cannot read {path}", CheckpointError):
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        outside = sorted(name for name in names if Path(name).name != name)
-    if outside:
-        raise CheckpointError(f"{path} names a file outside its folder: {outside[0]}")
-
-
 def load_model(
     name: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
-    """Model (in eval mode) and processor from a model folder, a run's folder or a hub name.
+    """Model (in eval mode) and processor from a model folder, a run's folder, a hub name or the folder of an adapter.
+
+    An adapter is one that PEFT saved; it is merged into its base model.
 
     Raises:
         CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config,
-            a processor of another model.
+            a processor of another model, code of its own. UsageError: an adapter, but PEFT is not installed.
     """
     folder = model_folder(name)
     _check_path(name)
+    if (base := adapter_base(Path(folder))) is not None:
+        model, processor = load_model(base, dtype=dtype, device=device)
+        return merged(model, Path(folder)).eval(), processor
     if Path(folder).exists():
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
         if (Path(folder) / MANIFEST).is_file() and (problem := verify_folder(Path(folder))):
             raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
-        _check_index(Path(folder))
-    with translated(f"cannot load {name!r}", CheckpointError):
+        refuse_files_outside(folder)
+    with loading(name):
+        model_type = AcFormerConfig.get_config_dict(folder)[0].get("model_type")
+        if model_type != AcFormerConfig.model_type:
+            raise CheckpointError(
+                f"{name} holds a model of type {model_type!r}, not one of {AcFormerConfig.model_type}"
+            )
         model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = AcFormerProcessor.from_pretrained(folder)
     for field in ("num_placeholders", "fusion", "image_token_id"):
@@ -169,4 +171,5 @@ def load_model(
                 f"{name}: its processor writes prompts for {field} {written!r}, but its model has {read!r}: take the "
                 "processor that was saved with the model"
             )
+    check_processor(processor, model.config.image_size, name)
     return model.eval().to(device), processor

@@ -1,5 +1,6 @@
 """`AcFormerConfig`: the architecture, saved with the weights. How it was trained is a `Recipe`'s business."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from acformer.connectors import Connector, Geometry, build_connector
 from acformer.hf.fusion import FUSIONS
 from acformer.registry import check_value
+from acformer.untrusted import check_config
 from acformer.vision.families import image_size, num_prefix_tokens, patch_grid
 
 FIELD_TYPES = {
@@ -50,6 +52,8 @@ class AcFormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        parts = {"vision_config": self.vision_config, "text_config": self.text_config}
+        check_config({**parts, "connector_kwargs": self.connector_kwargs, **kwargs})
         for name, hint in FIELD_TYPES.items():
             check_value(f"config field {name}", hint, getattr(self, name))
         self.vision_config = _sub_config(self.vision_config, "clip_vision_model")
@@ -86,6 +90,23 @@ class AcFormerConfig(PreTrainedConfig):
         """The connector without its memory."""
         with torch.device("meta"):
             return build_connector(self.connector, self.geometry, **self.connector_kwargs)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that a prompt and its answer may have, image tokens included; None where there is no such limit.
+
+    config: of a whole model or of a language model. Rotary positions that are scaled count as far as they reach.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    reach = [longest]
+    for one in (scaling, *scaling.values()):
+        if isinstance(one, Mapping) and isinstance(one.get("factor"), int | float):
+            reach.append(int((one.get("original_max_position_embeddings") or longest) * one["factor"]))
+    return max(reach)
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:

@@ -4,12 +4,17 @@ Everything is strict: a weight that is missing, unexpected or of another shape i
 """
 
 import copy
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
+from acformer.connectors import Connector, build_connector
+from acformer.connectors.base import Geometry
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
+from acformer.untrusted import read_weights
 from acformer.vision.encoder import num_blocks
 from acformer.vision.families import ENCODERS, encoder_family, num_prefix_tokens
 
@@ -84,3 +89,34 @@ def _llava_weights(model: LlavaForConditionalGeneration) -> dict[str, Tensor]:
                 name = ours + name.removeprefix(theirs)
         weights[name] = tensor.clone()
     return weights
+
+
+def mlp_from_llava(path: str | Path, geometry: Geometry, *, include_prefix: bool = False) -> Connector:
+    """LLaVA's own `mm_projector.bin` as connector `mlp` (that of its first version, one matrix, as `linear`).
+
+    `model.model.connector.load_state_dict(connector.state_dict())` puts it into a model.
+
+    Args:
+        path: `mm_projector.bin`, read as weights only, or safetensors.
+        geometry: what the connector stands between; D and E must be those of the weights.
+        include_prefix: whether [CLS] is a visual token, too.
+
+    Raises:
+        CheckpointError: a file that cannot be read, holds more than weights, or other ones: it says which.
+    """
+    found = read_weights(Path(path))
+    weights = {name.rpartition("mm_projector.")[2]: tensor for name, tensor in found.items()}
+    with torch.device("meta"):
+        name = "linear" if "weight" in weights else "mlp"
+        connector = build_connector(name, geometry, include_prefix=include_prefix)
+    projector = connector.get_submodule("projector")
+    wanted = {name: tuple(tensor.shape) for name, tensor in projector.named_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wanted != given:
+        some = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in [*found.items()][:4])
+        wishes = ", ".join(f"{name} {shape}" for name, shape in wanted.items())
+        raise CheckpointError(f"{path} holds {len(found)} weights ({some}, ...), where LLaVA's projector is {wishes}")
+    if wrong := [name for name, tensor in weights.items() if not tensor.is_floating_point()]:
+        raise CheckpointError(f"{path}: {wrong[0]} is {weights[wrong[0]].dtype}; quantised weights are unsupported")
+    projector.load_state_dict(weights, assign=True)
+    return connector

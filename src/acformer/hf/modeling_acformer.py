@@ -21,6 +21,7 @@ from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
+from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
 
@@ -66,12 +67,16 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As transformers', but a missing, unexpected or wrong-shaped weight is a `CheckpointError`.
 
-        Safetensors alone are read unless `use_safetensors=False` says otherwise: a pickle may be anything.
+        Safetensors alone are read unless `use_safetensors=False` says otherwise: a pickle may be anything. An index
+        that names files outside of the folder is refused, and no code that comes with the weights runs.
         `strict=False` restores transformers' behaviour: a report is printed and a model is returned.
         """
         name, want_report = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs.setdefault("use_safetensors", True)
+        kwargs.setdefault("trust_remote_code", False)
+        if name is not None:
+            refuse_files_outside(name)
         kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
         model, report = super().from_pretrained(name, *args, **kwargs)
         if strict:
@@ -128,9 +133,10 @@ class AcFormerModel(AcFormerPreTrainedModel):
 
     def __init__(self, config: AcFormerConfig):
         super().__init__(config)
-        self.vision_tower = prepare(AutoModel.from_config(config.vision_config), config.feature_layer)
+        tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
+        self.vision_tower = prepare(tower, config.feature_layer)
         self.connector = build_connector(config.connector, config.geometry, **config.connector_kwargs)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.fusion = build_fusion(config.fusion, self.language_model, **config.fusion_kwargs)
         self.vision_layers = hidden_layer_blocks(
             config.vision_config, self.connector.hidden_layers, config.feature_layer

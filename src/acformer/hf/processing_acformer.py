@@ -1,18 +1,23 @@
-"""`AcFormerProcessor`: pictures and text in, model inputs out; one `<image>` becomes T image tokens."""
+"""`AcFormerProcessor`: images and text in, model inputs out; one `<image>` becomes T image tokens."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
+from acformer.errors import CheckpointError
 from acformer.hf.fusion import FUSIONS
 from acformer.images import load_image
 
 IMAGE_TOKEN = "<image>"
+logger = logging.getLogger("acformer")
 
 
 class AcFormerProcessor(ProcessorMixin):
@@ -47,15 +52,18 @@ class AcFormerProcessor(ProcessorMixin):
         """Model inputs for prompts in which every image is one `<image>`.
 
         Args:
-            images: pictures, or paths or bytes that `load_image` reads: one, a flat list in the order of the tags, or
-                a list for each prompt. Nothing is fetched.
+            images: PIL images, paths or bytes, all read by `load_image`, or arrays: one, a flat list in the order of
+                the tags, or a list for each prompt. Nothing is fetched.
             text: one prompt or several. Where they begin with the tokenizer's BOS token, as a rendered chat may, the
                 tokenizer does not add another one.
             num_visual_tokens: another T in this call, passed on to the model with the inputs.
 
+        Prompts and images in the other order, `processor(text, images)`, are told apart and a line says so.
+
         Raises:
-            ImageError: a picture that cannot be read, a URL. ValueError: tags and images differ in number.
+            ImageError: an image that cannot be read, a URL. ValueError: tags and images differ in number.
         """
+        images, text = self._in_order(images, text)
         own = self.num_placeholders if self.fusion == "concat" else None
         if num_visual_tokens is None or num_visual_tokens == own:
             if self._begin_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
@@ -66,6 +74,12 @@ class AcFormerProcessor(ProcessorMixin):
         inputs = other(images, text, **kwargs)
         inputs["num_visual_tokens"] = num_visual_tokens
         return inputs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but code that comes with a tokenizer or an image processor does not run."""
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', of text and images; `ValueError` for audio, whose URL it would fetch, and for video."""
@@ -104,6 +118,19 @@ class AcFormerProcessor(ProcessorMixin):
         if len(rows) != len(tags):
             raise ValueError(f"{len(rows)} lists of images for {len(tags)} prompts: give each prompt its own list")
 
+    def _in_order(self, images: Any, text: Any) -> tuple[Any, Any]:
+        """(images, text), exchanged where the one can only be the other."""
+        prompts = [one for one in _flat(images) if isinstance(one, str) and self.image_token in one]
+        is_swapped = any(not isinstance(one, str | int) for one in _flat(text))  # ids are text, too
+        if prompts and not is_swapped:
+            if text is None or any(self.image_token in str(one) for one in _flat(text)):
+                raise ValueError(f"{prompts[0]!r} was given as an image: call processor(images=..., text=...)")
+            is_swapped = True
+        if not is_swapped:
+            return images, text
+        logger.warning("prompts were given as images and images as text: call processor(images=..., text=...)")
+        return text, images
+
     def _begin_with_bos(self, text: Any) -> bool:
         bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text
         return bool(bos and prompts) and all(isinstance(one, str) and one.startswith(bos) for one in prompts)
@@ -124,10 +151,19 @@ def _is_nested(images: Any) -> bool:
 
 
 def _opened(images: Any) -> Any:
-    """The same structure with every path, and every file's bytes, as a picture."""
+    """The same structure with every path, every file's bytes and every PIL image as `load_image` gives it."""
     if isinstance(images, list | tuple):
         return [_opened(one) for one in images]
-    return load_image(images) if isinstance(images, str | bytes | os.PathLike) else images
+    return load_image(images) if isinstance(images, str | bytes | os.PathLike | Image.Image) else images
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """What stands in nested lists, or the one value; nothing for None."""
+    if isinstance(values, list | tuple):
+        for value in values:
+            yield from _flat(value)
+    elif values is not None:
+        yield values
 
 
 def _part_types(chat: Any) -> Iterator[Any]:
@@ -138,3 +174,28 @@ def _part_types(chat: Any) -> Iterator[Any]:
     elif isinstance(chat, list | tuple):
         for inner in chat:
             yield from _part_types(inner)
+
+
+def check_processor(processor: AcFormerProcessor, image_size: int, name: str) -> None:
+    """`CheckpointError` unless a word becomes ids and a white image finite pixels of the size that the model reads.
+
+    A standard deviation of 0 would make every answer the same; a size of a million pixels would fill the memory.
+    """
+    image_processor = processor.image_processor
+    for field in ("size", "crop_size"):
+        for side in dict(getattr(image_processor, field, None) or {}).values():
+            if side is not None and not (isinstance(side, int) and 1 <= side <= 8 * image_size):
+                raise CheckpointError(f"{name}: {field} of its image processor is {side!r} for images of {image_size}")
+    try:
+        processor.tokenizer("a")
+        made = image_processor(Image.new("RGB", (4, 3), "white"), return_tensors="pt")["pixel_values"]
+    except Exception as error:  # as many as there are fields
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{name}: its processor cannot be used: {reason}") from error
+    if tuple(made.shape) != (1, 3, image_size, image_size):
+        raise CheckpointError(
+            f"{name}: its image processor makes pixels of shape {tuple(made.shape)}, where its model reads "
+            f"(1, 3, {image_size}, {image_size}): take the processor that was saved with the model"
+        )
+    if not torch.isfinite(made).all():
+        raise CheckpointError(f"{name}: its image processor makes pixels that are not finite: look at image_std")

@@ -74,7 +74,7 @@ def add_adapters(model: Any, lora: LoraSpec) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UsageError("lora needs PEFT, which is not installed: pip install 'acformer[lora]'") from error
+        raise UsageError("lora needs PEFT, which is not installed: pip install 'acformer[peft]'") from error
     options = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora_targets(model, lora.targets)
     )

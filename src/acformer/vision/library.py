@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from acformer.errors import CheckpointError, UsageError
 
+PICKLES = (".bin", ".pth", ".pt", ".tar")
 SOURCES = ("hf-hub:", "local-dir:")  # both libraries' own: what follows brings its weights along
 
 
@@ -153,7 +154,13 @@ def _load_timm(model: str, weights: str, name: str) -> tuple[nn.Module, dict[str
     timm = _library("timm")
     if weights and not Path(weights).is_file():
         raise CheckpointError(f"cannot load {name!r}: there is no file {weights}")
-    file = {"pretrained_cfg_overlay": {"file": weights, "custom_load": False}} if weights else {}
+    folder = Path(model.removeprefix("local-dir:"))
+    if model.startswith("local-dir:") and (pickled := [p for p in folder.glob("*") if p.suffix in PICKLES]):
+        raise CheckpointError(f"{pickled[0]} is a pickle, which timm would load and which may run code: remove it")
+    file = {}
+    if weights:  # read here, since timm would unpickle a file that it is given
+        state = timm.models.load_state_dict(weights, weights_only=True)
+        file = {"pretrained_cfg_overlay": {"state_dict": state, "custom_load": False}}
     try:
         # With the classifier, which timm loads strictly; without, missing weights would stay random unnoticed.
         loaded = timm.create_model(model, pretrained=True, dynamic_img_size=True, **file)

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoConfig, AutoModel, LlavaImageProcessorPil, PreTrainedModel
+from transformers import AutoModel, LlavaImageProcessorPil, PreTrainedModel
 
 from acformer.errors import AcFormerError, CheckpointError, UsageError
 from acformer.fetch.embedded import resolve
+from acformer.untrusted import load_config
 from acformer.vision.families import ENCODERS
 from acformer.vision.library import LibraryVisionModel, is_library_name, load_library_model
 
@@ -23,12 +24,17 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
             return load_library_model(name, dtype)
     name = resolve(name)
     with loading(name):
-        config = AutoConfig.from_pretrained(name)
+        config = load_config(name)
         if config.model_type not in ENCODERS.names():
             config = getattr(config, "vision_config", config)
         # Other shapes are let through to be named below, where transformers' own error would not name them.
         tower, report = AutoModel.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])
@@ -80,4 +86,6 @@ def loading(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # files, configs and models have no end of ways to say that they are wrong
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it works only with code that comes along with it, and such code is never run"
         raise CheckpointError(f"cannot load {name!r}: {reason}") from error

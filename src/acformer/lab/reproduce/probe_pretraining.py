@@ -7,7 +7,7 @@ does, in minutes. What it leaves behind is a connector whose tokens name things;
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 from acformer.fetch.embedded import resolve
 from acformer.files import whole_folder
@@ -17,6 +17,7 @@ from acformer.lab.reproduce.runs import Run
 from acformer.lab.reproduce.train_probe import train_probe
 from acformer.training.recipe import ModelSpec, Recipe
 from acformer.training.stages import recipe_texts
+from acformer.untrusted import load_config
 
 
 def probe_recipe(run: Run) -> Recipe:
@@ -51,4 +52,4 @@ def text_width(spec: ModelSpec) -> int:
     """
     if isinstance(spec.text, dict):
         return new_text_config(spec.text).hidden_size
-    return AutoConfig.from_pretrained(resolve(spec.text)).get_text_config().hidden_size
+    return load_config(resolve(spec.text)).get_text_config().hidden_size
