@@ -117,6 +117,30 @@ def test_an_image_that_cannot_be_read_is_named_counted_and_wrong(parts, tmp_path
     assert wrong == [0.0] * 11
 
 
+def test_an_image_that_was_mended_is_answered_again(parts, tmp_path):
+    root, out = tmp_path / "published", tmp_path / "out"
+    write("gqa", root)
+    whole = (root / "images/n1.jpg").read_bytes()
+    (root / "images/n1.jpg").write_bytes(b"broken")
+    (result,) = evaluate(parts, "gqa", root, out)
+    assert result["unreadable_images"] == 1
+    (root / "images/n1.jpg").write_bytes(whole)
+    (result,) = evaluate(parts, "gqa", root, out)
+    assert result["unreadable_images"] == 0
+    evaluate(parts, "gqa", root, tmp_path / "other")
+    assert predictions(out / "gqa/5-tokens") == predictions(tmp_path / "other/gqa/5-tokens")
+
+
+def test_no_image_at_all_is_no_score(parts, tmp_path):
+    root = tmp_path / "published"
+    write("gqa", root)
+    for path in (root / "images").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of the images of gqa could be read, the first: .*n0\.jpg"):
+        evaluate(parts, "gqa", root, tmp_path / "out")
+    assert not (tmp_path / "out/gqa/5-tokens/predictions.jsonl").exists()
+
+
 def test_an_image_that_is_not_there_is_refused_beforehand(model_folder, tmp_path, capsys):
     root = tmp_path / "published"
     write("gqa", root)

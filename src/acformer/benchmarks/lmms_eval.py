@@ -5,6 +5,7 @@ Answers are those of `acformer eval`, given the same prompt; lmms-eval writes it
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from acformer.data.lengths import estimated_length
@@ -68,15 +69,18 @@ class AcFormer(lmms):
             for batch, options in self._batches(requests):
                 new = int(options.get("max_new_tokens", MAX_NEW_TOKENS))
                 samples = [self._sample(requests[place]) for place in batch]
-                answers = answer(
-                    self.model,
-                    self.processor,
-                    samples,
-                    num_visual_tokens=self.num_visual_tokens,
-                    batch_size=len(batch),
-                    max_new_tokens=new,
-                    progress=False,
-                )
+                with whole_images():
+                    answers = list(
+                        answer(
+                            self.model,
+                            self.processor,
+                            samples,
+                            num_visual_tokens=self.num_visual_tokens,
+                            batch_size=len(batch),
+                            max_new_tokens=new,
+                            progress=False,
+                        )
+                    )
                 for place, text in zip(batch, answers, strict=True):
                     said[place] = cut(text, options.get("until"))
                     self.cache_hook.add_partial("generate_until", (requests[place].args[0], options), said[place])
@@ -119,6 +123,16 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
     for stop in [until] if isinstance(until, str) else until or ():
         text = text.partition(stop)[0] if stop else text
     return text.strip()
+
+
+@contextmanager
+def whole_images() -> Iterator[None]:
+    """Without PIL's setting that shows damage as grey, which lmms-eval turns on when it is imported."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def refuse_sampling(options: dict[str, Any]) -> None:

@@ -174,7 +174,9 @@ class Table:
 
     def _bytes(self, place: int) -> bytes:
         image = self.rows[place][self.images[0]] if self.images else None
-        return image["bytes"] if image else b""
+        if not image:
+            return b""
+        return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 @contextmanager

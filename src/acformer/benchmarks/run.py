@@ -124,11 +124,12 @@ class Job:
     def _run(self, path: Path, model_name: str, batch_size: int, processes: Processes, progress: bool) -> list[Answer]:
         if processes.rank == 0:
             self._claim(path, model_name)
-            _write_lines(path / "answers.partial.jsonl", _read_lines(path).values())
+            whole = (line for line in _read_lines(path).values() if "error" not in line)  # images may have been mended
+            _write_lines(path / "answers.partial.jsonl", list(whole))
             for part in path.glob("answers.partial.*.jsonl"):
                 part.unlink()
         processes.wait()
-        done = _read_lines(path)
+        done = {number for number, line in _read_lines(path).items() if "error" not in line}
         processes.wait()  # until all have read: what is left is the same to all
         left = self._in_batches([i for i in range(len(self.questions)) if i not in done], batch_size)
         mine = left[processes.rank :: processes.count]
@@ -215,12 +216,15 @@ class Job:
 
     def _finish(self, path: Path) -> list[Answer]:
         lines = _read_lines(path)
+        errors = [line["error"] for line in lines.values() if "error" in line]
+        if errors and len(errors) == sum(image is not None for image in self.images):
+            raise DataError(f"none of the images of {self.benchmark.name} could be read, the first: {errors[0]}")
         ordered = [lines[number] for number in range(len(self.questions))]
         _write_lines(path / "predictions.jsonl", ordered)
         for part in path.glob("answers.partial*.jsonl"):
             part.unlink()
         return [
-            Answer(line["id"], None if line.get("error") else line["prediction"], line["question"]) for line in ordered
+            Answer(line["id"], None if "error" in line else line["prediction"], line["question"]) for line in ordered
         ]
 
     def costs(self) -> dict[str, Any]:
