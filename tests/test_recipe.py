@@ -13,10 +13,15 @@ from acformer.training.strict_yaml import parse_yaml
 
 def test_what_ships():
     assert list_recipes() == [
+        "dinov3-smollm2-360m",
+        "llava15-13b-acformer145",
         "llava15-7b-acformer145",
+        "llava15-7b-acformer145-lora",
         "llava15-7b-mlp577",
+        "openllama3b-acformer145",
         "scenes-cpu-lm",
         "scenes-gpu",
+        "siglip2-qwen3-0.6b",
         "smol",
         "tiny",
     ]
@@ -45,15 +50,25 @@ def test_every_recipe_says_command_hardware_time_and_score(name):
     assert "expect" in head
 
 
-def test_the_papers_recipe_is_the_papers():
+@pytest.mark.parametrize("name", ["llava15-7b-acformer145", "llava15-13b-acformer145", "openllama3b-acformer145"])
+def test_the_papers_recipe_is_the_papers(name):
     from acformer.lab.paper import RECIPE
 
-    recipe = load_recipe("llava15-7b-acformer145")
+    recipe = load_recipe(name)
     assert recipe.model.connector_kwargs == {"num_anchors": 144}
     assert recipe.pretrain.learning_rates == {"connector": RECIPE["pretrain"].learning_rate}
     assert set(recipe.finetune.learning_rates.values()) == {RECIPE["finetune"].learning_rate}
     for stage, spec in recipe.stages():
         assert spec.training["per_device_train_batch_size"] * 8 == RECIPE[stage].batch_size
+
+
+@pytest.mark.parametrize("name", ["llava15-7b-acformer145-lora", "siglip2-qwen3-0.6b", "dinov3-smollm2-360m"])
+def test_one_card_has_the_papers_batch_in_more_passes(name):
+    from acformer.lab.paper import RECIPE
+
+    for stage, spec in load_recipe(name).stages():
+        passes = spec.training["gradient_accumulation_steps"]
+        assert spec.training["per_device_train_batch_size"] * passes == RECIPE[stage].batch_size
 
 
 def test_overrides_are_yaml_and_reach_every_level():

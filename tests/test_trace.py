@@ -9,9 +9,10 @@ import tiny
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import CONFIG_MAPPING, AutoModel
 
-from acformer.training.skeleton import empty_model
-from acformer.training.trace import Batch, FlopCounter, Precision, trace_encoder, trace_step
+from acformer.training.skeleton import empty_model, replace_weights
+from acformer.training.trace import Batch, FlopCounter, Precision, fake_tensors, trace_encoder, trace_step
 from acformer.training.trainer import freeze
 
 FULL = Precision(torch.float32, torch.float32)
@@ -73,6 +74,16 @@ def test_bytes_and_flop_of_a_step(stage, precision, checkpointing):
     step = traced(config, batch, precision, rates, checkpointing=checkpointing)
     assert step.flops == real.flops
     assert step.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05 if checkpointing else 0.02)
+
+
+def test_a_head_that_shares_the_embedding():
+    config = tiny.config()
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    batch = batch_of(config)
+    real = real_step(config, batch, MIXED, STAGES["finetune"])
+    step = traced(config, batch, MIXED, STAGES["finetune"])
+    assert step.flops == real.flops
+    assert step.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -158,3 +169,21 @@ def test_nothing_of_the_size_of_the_weights_is_made():
     step = traced(config, batch_of(config), FULL, STAGES["finetune"])
     assert step.peak_bytes > 4 * 2**30
     assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 2**29
+
+
+def test_no_fake_tensor_stays_in_a_cache_of_the_encoders_code():
+    """DINOv3's keeps the places of the patches; a real pass before or after would stumble over those of the other."""
+    config = CONFIG_MAPPING["dinov3_vit"](
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    real, pixels = AutoModel.from_config(config).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = real(pixels).last_hidden_state
+    for _ in range(2):
+        with torch.device("meta"):
+            empty = AutoModel.from_config(config)
+        with fake_tensors(empty), torch.no_grad():
+            replace_weights(empty, lambda p: torch.empty(p.shape))
+            assert empty(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape == before.shape
+    with torch.no_grad():
+        assert real(pixels).last_hidden_state.equal(before)

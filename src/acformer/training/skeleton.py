@@ -81,7 +81,9 @@ def _text_config(text: str | dict, tokenizer_vocab: int) -> PreTrainedConfig:
 def empty_model(config: AcFormerConfig) -> AcFormerForConditionalGeneration:
     """The model with weights that have a shape and no memory (meta device)."""
     with torch.device("meta"), no_init_weights():
-        return AcFormerForConditionalGeneration(config)
+        model = AcFormerForConditionalGeneration(config)
+    model.tie_weights()  # a part of the initialisation that is left out
+    return model
 
 
 def replace_weights(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor]) -> None:

@@ -38,9 +38,10 @@ class TextSizes:
 
 
 KNOWN = {
-    "blip_laion_cc_sbu_558k.json": TextSizes(558_128, 20, 20, 80, "LLaVA's file by its name; lengths from its size"),
-    "llava_v1_5_mix665k.json": TextSizes(665_298, 250, 150, 2048, "LLaVA's file by its name; lengths from its size"),
+    "blip_laion_cc_sbu_558k.json": TextSizes(558_128, 20, 20, 80, "of LLaVA's file, estimated"),
+    "llava_v1_5_mix665k.json": TextSizes(665_298, 240, 137, 2048, "of LLaVA's file, estimated"),
 }
+"""Numbers of records are LLaVA's; lengths follow from the files' bytes, the mix's as examples/llava_mix.py has them."""
 
 
 def text_sizes(spec: StageSpec, template: str) -> TextSizes:

@@ -6,17 +6,19 @@ whose flash attention keeps what a GPU's keeps; unlike CUDA's, autocast leaves n
 in half precision there.
 """
 
+import sys
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import getclosurevars, isfunction
 from math import ceil, prod
 from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
@@ -116,7 +118,7 @@ def trace_step(
         keep_gradients: False where they are sharded away as soon as they are there (ZeRO, FSDP).
         accumulated: the gradients of an earlier pass are there.
     """
-    with FakeTensorMode(), warnings.catch_warnings():
+    with fake_tensors(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # `gradient_checkpointing_enable`, renamed after 5.19
         replace_weights(
             model, lambda p: torch.empty(p.shape, dtype=precision.trained if p.requires_grad else precision.frozen)
@@ -138,11 +140,38 @@ def trace_step(
 
 def trace_encoder(model: AcFormerForConditionalGeneration) -> int:
     """FLOP of the encoder for one image."""
-    with FakeTensorMode():
+    with fake_tensors(model):
         replace_weights(model, lambda p: torch.empty(p.shape, dtype=torch.float32))
         with _Answers((1, 1), 1) as watch, torch.no_grad():
             model.get_vision_features(_pixels(model, 1))
     return watch.flops
+
+
+@contextmanager
+def fake_tensors(model: nn.Module) -> Iterator[None]:
+    """`FakeTensorMode`, of which nothing stays behind: DINOv3's code, for one, caches tensors in its functions."""
+    caches = _caches(model)
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+
+
+def _caches(model: nn.Module) -> list[Any]:
+    """Every `lru_cache` in the code of the modules, also those that transformers hides in a wrapper's closure."""
+    kinds = {type(module) for module in model.modules()}
+    scopes = [vars(kind) for kind in kinds] + [vars(sys.modules[kind.__module__]) for kind in kinds]
+    functions = [value for scope in scopes for value in scope.values()]
+    hidden = [value for function in functions for value in _closure(function)]
+    return [value for value in (*functions, *hidden) if hasattr(value, "cache_clear")]
+
+
+def _closure(value: Any) -> list[Any]:
+    return list(getclosurevars(value).nonlocals.values()) if isfunction(value) else []
 
 
 def _set_training(model: AcFormerForConditionalGeneration, checkpointing: bool) -> None:
