@@ -10,7 +10,7 @@ CLIP-L/14-336 with [CLS] (577). Connectors have the names that this package give
 
 from dataclasses import dataclass
 
-Row = dict[str, float]
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ RECIPE = {
 SCALED_RUN = {"pretrain": 60_000_000, "llava-665k": 665_000, "cauldron": 1_800_000}
 
 # Tables 1 and 2, 336 px: (language model, connector, tokens). `speed`: of pre-training, LLaVA-1.5's being 1.
-TABLES_1_2: dict[tuple[str, str, int], Row] = _table(
+TABLES_1_2: dict[tuple[str, str, int], Scores] = _table(
     "POPE MME MMB MM-Vet TextVQA GQA VQAv2 VizWiz SQA-img speed",
     {
         ("vicuna-7b", "mlp", 577): (85.9, 1794.6, 64.3, 30.5, 58.2, 62.0, 78.5, 50.0, 66.8, 1.00),
@@ -97,7 +97,7 @@ TABLES_1_2: dict[tuple[str, str, int], Row] = _table(
 )
 
 # Table 3, Vicuna-7B: (connector, tokens). Pooling a 24 x 24 grid by 2 x 2 ends at 145, so it has no 257.
-TABLE3: dict[tuple[str, int], Row] = _table(
+TABLE3: dict[tuple[str, int], Scores] = _table(
     "TextVQA GQA MMB MME",
     {
         ("pooling", 65): (53.4, 59.8, 66.8, 1734.0),
@@ -119,7 +119,7 @@ TABLE3: dict[tuple[str, int], Row] = _table(
 )
 
 # Table 3, Vicuna-13B. The MME of `acformer` is 1870.0 in Table 1.
-TABLE3_13B: dict[tuple[str, int], Row] = _table(
+TABLE3_13B: dict[tuple[str, int], Scores] = _table(
     "TextVQA GQA MMB MME",
     {
         ("perceiver", 145): (53.4, 56.9, 64.7, 1749.3),
@@ -129,7 +129,7 @@ TABLE3_13B: dict[tuple[str, int], Row] = _table(
 )
 
 # Table 4, Vicuna-7B: the anchors without cross-attention, with the rest fused into one token, and with it.
-TABLE4: dict[tuple[str, int], Row] = _table(
+TABLE4: dict[tuple[str, int], Scores] = _table(
     "TextVQA GQA MMB MME",
     {
         ("top_p", 145): (56.3, 60.8, 68.2, 1798.8),
@@ -139,7 +139,7 @@ TABLE4: dict[tuple[str, int], Row] = _table(
 )
 
 # Table 5, OpenLLaMA-3B, 145 tokens: (data of stage 2, connector).
-TABLE5: dict[tuple[str, str], Row] = _table(
+TABLE5: dict[tuple[str, str], Scores] = _table(
     "TextVQA GQA OKVQA VQAv2 VizWiz MME",
     {
         ("llava-665k", "perceiver"): (35.03, 54.35, 54.14, 70.04, 31.16, 1592.7),
@@ -150,7 +150,7 @@ TABLE5: dict[tuple[str, str], Row] = _table(
 )
 
 # Table 6, `acformer` on 8 A100-80G: (language model, tokens), minutes of stage 1 and stage 2.
-TABLE6: dict[tuple[str, int], Row] = _table(
+TABLE6: dict[tuple[str, int], Scores] = _table(
     "pretrain finetune",
     {
         ("vicuna-7b", 65): (42, 9 * 60 + 52),
@@ -173,7 +173,7 @@ METRICS = {
     "MM-Vet": "GPT-4 score",
 }
 
-# Fig. 1: the mean of three benchmarks against the time of a step. A picture, so no values of its own.
+# Fig. 1: the mean of three benchmarks against the time of a step. An image, so no values of its own.
 FIGURE1_BENCHMARKS = ("MMB", "TextVQA", "GQA")
 FIGURE1_TOKENS = (65, 145, 257, 577)
 

@@ -1,4 +1,4 @@
-"""`acformer quickstart`: from nothing to answers about pictures, and a report that says what it took."""
+"""`acformer quickstart`: from nothing to answers about images, and a report that says what it took."""
 
 import json
 import resource
@@ -13,6 +13,7 @@ from acformer.data.sources import Sample
 from acformer.evaluate.generate import ask
 from acformer.evaluate.report import evaluate, evaluation_samples, question_text
 from acformer.fetch.embedded import fetch
+from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.checkpoints import load_model
 from acformer.images import load_image
@@ -49,7 +50,7 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
         "predictions": str(out / "predictions.jsonl"),
         "asked": shown,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     print(_report_text(report, out))
     return report
 
@@ -62,7 +63,7 @@ def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _three(samples: list[Sample]) -> list[Sample]:
-    """Questions of three kinds about three pictures."""
+    """Questions of three kinds about three images."""
     chosen: dict[str | None, Sample] = {}
     for sample in samples:
         if all(sample.images != other.images for other in chosen.values()):
@@ -73,15 +74,15 @@ def _three(samples: list[Sample]) -> list[Sample]:
 def _show(parts: Parts, sample: Sample, out: Path) -> dict[str, Any]:
     """Ask, and draw the anchors that the model looked through, if its connector has any."""
     model, processor = parts
-    picture = sample.images[0]
+    shown = sample.images[0]
     if model.config.connector == "acformer":
-        image, picture = load_image(picture), out / f"anchors-{sample.id}.png"
+        image, shown = load_image(shown), out / f"anchors-{sample.id}.png"
         num_anchors = processor.num_placeholders - 1
         found = find_anchors(image, model.get_vision_features, processor.image_processor, num_anchors)
-        draw_anchors(image, found.indices, found.grid, pad_to_square=True).save(picture)
+        draw_anchors(image, found.indices, found.grid, pad_to_square=True).save(shown)
     question = question_text(sample)
-    said = ask(*parts, sample.images[0], question, max_new_tokens=16)
-    return {"question": question, "said": said, "answer": sample.answer, "picture": str(picture)}
+    prediction = ask(*parts, sample.images[0], question, max_new_tokens=16)
+    return {"question": question, "said": prediction, "answer": sample.answer, "picture": str(shown)}
 
 
 def _report_text(report: dict[str, Any], out: Path) -> str:
@@ -92,7 +93,7 @@ def _report_text(report: dict[str, Any], out: Path) -> str:
         [
             "",
             f"accuracy       {report['accuracy']:.1%}  [{low:.1%}, {high:.1%}] on {report['num_questions']} questions "
-            f"about {report['num_images']} pictures",
+            f"about {report['num_images']} images",
             f"blind          {report['blind_accuracy']:.1%}  the most frequent answer, without looking",
             f"visual tokens  {report['num_image_tokens']} of {report['num_vision_tokens']}",
             f"time           {report['seconds']:.0f} s ({phases}), peak memory {report['peak_memory_gib']} GiB",
@@ -101,6 +102,6 @@ def _report_text(report: dict[str, Any], out: Path) -> str:
             f"model          {report['model']}",
             f"predictions    {report['predictions']}",
             f"report         {out / 'report.json'}",
-            f"ask it more    {Path(sys.argv[0])} ask {out} PICTURE 'what color is the shape?'",
+            f"ask it more    {Path(sys.argv[0])} ask {out} IMAGE 'what color is the shape?'",
         ]
     )

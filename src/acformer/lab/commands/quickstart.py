@@ -1,4 +1,4 @@
-"""`acformer quickstart`: from nothing to answers about pictures."""
+"""`acformer quickstart`: from nothing to answers about images."""
 
 import argparse
 from pathlib import Path

@@ -89,7 +89,7 @@ def attend_to_answer(
 ) -> AnswerAttention:
     """Let the model answer, then see where the answer's words looked.
 
-    With a_mt the attention from the positions that an answer's words were told from to visual token t in layer m
+    With a_mt the attention from the positions that an answer's words were predicted from to visual token t in layer m
     (mean over words and heads) and S the connector's `token_sources`, the map of layer m is (a_m / sum_t a_mt) S.
 
     Args:

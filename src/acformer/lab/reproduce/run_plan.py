@@ -66,7 +66,7 @@ def reproduce(
     student_t(1)  # tells of a missing scipy now, not when everything is trained
     if plan.scale.needs_accelerator and not torch.accelerator.is_available():
         raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
-    recipe = plan.scale.load_recipe()  # a missing one is told before anything is fetched
+    recipe = plan.scale.load_recipe()  # refuses a missing one before anything is fetched
     if recipe.model.text != PROBE:
         _refuse_unfit_language_model(recipe)
     if plan.scale.fetch:
@@ -95,7 +95,7 @@ def reproduce(
 
 
 def _refuse_unfit_language_model(recipe: Recipe) -> None:
-    """What is wrong with its training is told now, not when every row has been trained with a probe."""
+    """Refuse what is wrong with its training now, not when every row has been trained with a probe."""
     if isinstance(recipe.model.text, dict):
         new_text_config(recipe.model.text)
     for _, spec in recipe.stages():

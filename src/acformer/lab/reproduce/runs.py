@@ -204,7 +204,7 @@ def start_fingerprint(scale: Scale) -> str:
 
 
 def cells_of(plan: Plan) -> list[Cell]:
-    """Every row at every budget, then with every share of the samples; connectors that cannot are told, not dropped."""
+    """Every row at every budget, then with every share of the samples; connectors that cannot are kept, with why."""
     base = plan.scale.load_recipe()
     geometry = geometry_of(base.model)
     places = [(budget, 1.0) for budget in plan.scale.budgets]
