@@ -245,7 +245,7 @@ def test_room_is_looked_for_before_anything_is_written(recipe, tmp_path, monkeyp
     size = (train(recipe(*ONE), progress=False) / "model.safetensors").stat().st_size
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1.9 * size))
-    with pytest.raises(CheckpointError, match=rf"no room in {tmp_path}/second: the run writes at least 0.0 GB"):
+    with pytest.raises(CheckpointError, match=rf"no room in {tmp_path}/second: the run writes at least 0.5 MB"):
         train(recipe(f"output_dir={tmp_path}/second"), progress=False)  # two models
     assert not (tmp_path / "second").exists()
     train(recipe(*ONE, f"output_dir={tmp_path}/third"), progress=False)
@@ -261,3 +261,17 @@ def test_a_disk_that_fills_up_is_one_line_with_the_path(recipe, tmp_path, monkey
     with pytest.raises(CheckpointError, match=r"cannot save .*/run/finetune/checkpoint-2: .*No space left on device"):
         train(recipe(*ONE, *SAVE), progress=False)
     assert "no manifest" in verify_folder(tmp_path / "run/finetune/checkpoint-2")
+
+
+def test_a_model_that_cannot_be_saved_leaves_no_half_of_one(recipe, tmp_path, monkeypatch):  # noqa: F811
+    """The tokenizer's library raises a bare Exception."""
+    from acformer.hf import AcFormerProcessor
+
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(AcFormerProcessor, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"cannot save .*/run/finetune/model: No space left on device") as caught:
+        train(recipe(*ONE), progress=False)
+    assert caught.value.exit_code == 4
+    assert [path.name for path in (tmp_path / "run/finetune").iterdir()] == ["log.json"]

@@ -103,7 +103,8 @@ def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -
     Called by every process of a distributed run, since a sharded model is gathered from all of them; one writes.
     """
     writes = trainer.is_world_process_zero()
-    with whole_folder(folder) if writes else nullcontext(partial_path(folder)) as part:
+    saving = translated(f"cannot save {folder}", CheckpointError)  # every library says otherwise that a disk is full
+    with saving, whole_folder(folder) if writes else nullcontext(partial_path(folder)) as part:
         trainer.accelerator.wait_for_everyone()  # until the folder is there
         trainer.save_model(str(part))
         if writes:

@@ -13,12 +13,15 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from acformer.errors import UsageError, translated
 from acformer.training.recipe import StageSpec
-from acformer.training.settings import check_section, check_settings
+from acformer.training.settings import check_section
 from acformer.training.trainer import AcFormerTrainer
 
 
 def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool) -> TrainingArguments:
-    """The recipe's `training` section over our defaults; `UsageError` for what does not exist or does not fit."""
+    """The recipe's `training` section over our defaults; `UsageError` for what does not exist or does not fit.
+
+    What does not go together is the trainer's to refuse (`check_settings`).
+    """
     defaults = {
         "output_dir": str(folder),
         "seed": seed,
@@ -36,9 +39,7 @@ def training_arguments(spec: StageSpec, folder: Path, seed: int, progress: bool)
     }
     check_section(spec.training)
     with fitting():
-        args = TrainingArguments(**{**defaults, **spec.training})
-    check_settings(args)
-    return args
+        return TrainingArguments(**{**defaults, **spec.training})
 
 
 def fitting() -> AbstractContextManager[None]:

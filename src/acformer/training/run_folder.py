@@ -155,5 +155,5 @@ def check_room(folder: Path, model: AcFormerForConditionalGeneration, stages: Ma
     free = shutil.disk_usage(place).free
     if free < needed:
         raise CheckpointError(
-            f"no room in {folder}: the run writes at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            f"no room in {folder}: the run writes at least {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
         )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
@@ -180,7 +179,7 @@ class AcFormerTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         self.is_saving = True
         try:
-            with translated(f"cannot save {folder}", CheckpointError, OSError, RuntimeError, SafetensorError):
+            with translated(f"cannot save {folder}", CheckpointError):
                 super()._save_checkpoint(*args, **kwargs)
                 self.accelerator.wait_for_everyone()
                 if self.is_world_process_zero():
