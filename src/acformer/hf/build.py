@@ -27,6 +27,7 @@ from acformer.data.templates import resolve_template
 from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.head import LanguageModelHead
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.untrusted import load_config
 from acformer.vision.encoder import truncate
@@ -112,9 +113,8 @@ def assemble(
 ) -> AcFormerForConditionalGeneration:
     """The parts' weights in one model; the connector's and the fusion's alone are new."""
     weights = {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
-    for name, value in language_model.state_dict().items():
-        is_body = name.startswith("model.")
-        weights[f"model.language_model.{name.removeprefix('model.')}" if is_body else name] = value
+    head = LanguageModelHead(language_model)
+    weights |= {head.renamed(name): value for name, value in language_model.state_dict().items()}
     model, report = AcFormerForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=config.dtype, strict=False, output_loading_info=True
     )

@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from acformer.errors import CheckpointError
+from acformer.errors import CheckpointError, translated
 from acformer.files import file_sha256, flush_to_disk, partial_path, whole_file, whole_folder
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.adapters import adapter_base, merged

@@ -63,7 +63,7 @@ class AcFormerConfig(PreTrainedConfig):
         self.image_size = self.image_size or image_size(self.vision_config)
         super().__post_init__(**kwargs)
         # The head belongs to the language model: its config alone says whether it shares the embeddings.
-        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     @property
     def geometry(self) -> Geometry:

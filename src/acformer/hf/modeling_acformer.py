@@ -5,13 +5,14 @@ warns of them, and goes on with random ones). Not LLaVA's: the connector, the en
 visual tokens that may stand beside the text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import torch_compilable_check
@@ -21,9 +22,15 @@ from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
+from acformer.hf.head import LanguageModelHead
 from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
+
+KEPT = ("last_hidden_state", "past_key_values", "hidden_states", "attentions")
+"""What of a language model's output is passed on; some have more (BERT's `pooler_output`)."""
+BODY = ("model.", "vision_tower.", "connector.", "language_model.", "fusion.")
+"""How the weights begin that are not the head's, in the checkpoint of a whole model and in `AcFormerModel`'s own."""
 
 
 @dataclass
@@ -53,8 +60,8 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    keys_left_out: ClassVar[set[str]] = set()
-    """Weights of a whole model's checkpoint that this class has no use for."""
+    has_head: ClassVar[bool] = True
+    """Whether it has use for all weights of a whole model's checkpoint: those of the head, too."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -117,9 +124,10 @@ def _is_loaded(value: Tensor) -> bool:
 def _refuse_wrong_keys(
     model_class: type[AcFormerPreTrainedModel], name: str | None, report: dict, shapes_may_differ: bool
 ) -> None:
+    unexpected = {key for key in report["unexpected_keys"] if model_class.has_head or key.startswith(BODY)}
     problems = {
         "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(set(report["unexpected_keys"]) - model_class.keys_left_out),
+        "unexpected": sorted(unexpected),
         "of another shape": [] if shapes_may_differ else sorted(str(key) for key in report["mismatched_keys"]),
     }
     if told := [f"{len(keys)} weights {what} (first: {keys[0]})" for what, keys in problems.items() if keys]:
@@ -129,14 +137,15 @@ def _refuse_wrong_keys(
 class AcFormerModel(AcFormerPreTrainedModel):
     """Image encoder, connector, fusion and language model without its head."""
 
-    keys_left_out = {"lm_head.weight"}  # noqa: RUF012 (as transformers' own class attributes)
+    has_head = False
 
-    def __init__(self, config: AcFormerConfig):
+    def __init__(self, config: AcFormerConfig, new_language_model: Callable | None = None):
         super().__init__(config)
         tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.vision_tower = prepare(tower, config.feature_layer)
         self.connector = build_connector(config.connector, config.geometry, **config.connector_kwargs)
-        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        new_language_model = new_language_model or partial(AutoModel.from_config, trust_remote_code=False)
+        self.language_model = new_language_model(config.text_config)
         self.fusion = build_fusion(config.fusion, self.language_model, **config.fusion_kwargs)
         self.vision_layers = hidden_layer_blocks(
             config.vision_config, self.connector.hidden_layers, config.feature_layer
@@ -248,7 +257,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
             **kwargs,
         )
         visual_tokens = None if image_output is None else torch.cat(list(image_output.pooler_output))
-        return AcFormerModelOutput(**output, image_hidden_states=visual_tokens)
+        known = {name: output[name] for name in KEPT if name in output}
+        return AcFormerModelOutput(**known, image_hidden_states=visual_tokens)
 
     def images_by_row(self, image_output: BaseModelOutputWithPooling, places: Tensor) -> dict[str, Tensor]:
         """What `forward` takes in place of the images at each step of a generation from a prompt with these places."""
@@ -280,16 +290,28 @@ def check_counts(placeholders: Tensor, num_images: int, num_features: int) -> No
 
 
 class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin):
-    """The whole model with its language-model head: `generate`, loss, `from_pretrained`."""
+    """The whole model with its language-model head: `generate`, loss, `from_pretrained`.
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    The head's modules have the names that the language model has for them: `lm_head`, but for a few of the older ones.
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012 (as transformers' own class attributes)
 
     def __init__(self, config: AcFormerConfig):
         super().__init__(config)
-        self.model = AcFormerModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.register_module("model", None)  # weights are in the order of the parts: the head comes last
+        self.model = AcFormerModel(config, self._new_language_model)
         self.post_init()
+
+    def _new_language_model(self, config: PreTrainedConfig) -> nn.Module:
+        """The body of a new causal language model, whose head becomes ours."""
+        language_model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        self.head = LanguageModelHead(language_model)
+        for name in self.head.names:
+            self.add_module(name, getattr(language_model, name))
+        tied = language_model._tied_weights_keys or {}
+        self._tied_weights_keys = {self.head.renamed(one): self.head.renamed(other) for one, other in tied.items()}
+        return getattr(language_model, self.head.body)
 
     def get_vision_features(self, pixel_values: Tensor) -> VisionFeatures:
         """See `AcFormerModel`."""
@@ -423,7 +445,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         hidden = rest.pop("last_hidden_state")[:, kept, :]
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
-        logits = self.lm_head(hidden)
+        logits = self.head(self, hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)

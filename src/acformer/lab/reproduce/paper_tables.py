@@ -24,7 +24,7 @@ class PaperTable:
     """Rows of the paper under (language model or data, connector, tokens)."""
 
     columns: tuple[str, ...]
-    rows: Mapping[Key, paper.Row]
+    rows: Mapping[Key, paper.Scores]
 
 
 def _of_tables_1_2(tokens: int, columns: str) -> PaperTable:

@@ -1,0 +1,99 @@
+"""The head of any language model: what its own class makes of the last hidden states.
+
+Most heads are one matrix. Others have a bias, cap or scale the logits, or run a small network first, under names of
+their own. None of that is rebuilt here: the forward pass of the language model's own class runs, with the hidden states
+in the place of its body.
+"""
+
+import inspect
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from acformer.errors import UsageError
+
+REQUIRED = {"inputs_embeds", "attention_mask", "past_key_values"}
+"""What the body of a language model must take: visual tokens among the embeddings, padding, a KV cache."""
+
+
+def body_name(model: PreTrainedModel) -> str:
+    """The name under which a causal language model holds what `AutoModel` gives of it: `model`, `transformer`, ...
+
+    Raises:
+        UsageError: it is not a decoder of text alone that takes embeddings in place of ids and keeps a KV cache, or
+            its embeddings are of another width than its hidden states.
+    """
+    kind, config = type(model).__name__, model.config
+    body_class: Any = AutoModel._model_mapping.get(type(config), nn.Module)
+    names = [name for name, child in model.named_children() if type(child) is body_class]
+    takes = inspect.signature(body_class.forward).parameters
+    if not names or not takes.keys() >= REQUIRED or config.get_text_config() is not config:
+        raise UsageError(
+            f"{kind} is not a language model that can read visual tokens: that is a decoder of text alone which takes "
+            "embeddings in place of ids and keeps a KV cache, as Llama, Qwen, Gemma, Phi and GPT-2 are"
+        )
+    width = model.get_input_embeddings().weight.shape[1]
+    if width != config.hidden_size:
+        raise UsageError(f"{kind} has embeddings of width {width} but hidden states of width {config.hidden_size}")
+    return names[0]
+
+
+class LanguageModelHead:
+    """`head(owner, hidden)`: hidden states (B, L, E) -> logits (B, L, V).
+
+    Its weights are the modules `names` of `owner`, under the names that the language model has for them, and so do not
+    belong to this object: what replaces one of them there (an adapter, a quantised layer) is what runs.
+
+    Args:
+        model: a causal language model, of which its class and what its constructor has noted are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.body = body_name(model)
+        self.names = [name for name, _ in model.named_children() if name != self.body]
+        self.forward = type(model).forward
+        self.numbers = {name: value for name, value in vars(model).items() if isinstance(value, int | float)}
+
+    def __call__(self, owner: Any, hidden: Tensor) -> Tensor:
+        """Called with modules that stand for the language model's own (see the class)."""
+        language_model = owner.model.language_model
+        parts = {name: getattr(owner, name) for name in self.names}
+        parts[self.body] = _Body(language_model)
+        model: Any = SimpleNamespace(**self.numbers, **parts, config=language_model.config)
+        return self.forward(model, inputs_embeds=hidden).logits
+
+    def renamed(self, name: str) -> str:
+        """A weight of the language model, as the whole model calls it."""
+        part, _, rest = name.partition(".")
+        return f"model.language_model.{rest}" if part == self.body else name
+
+
+@dataclass
+class _Hidden(ModelOutput):
+    """What any body returns, of which a head wants the first."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    cross_attentions: Any = None
+    router_logits: Any = None
+    shared_kv_states: Any = None
+
+
+class _Body:
+    """Stands in for a body, and for the decoder within it (OPT): returns the embeddings as the hidden states."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Hidden:
+        return _Hidden(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return _Body(value) if isinstance(value, nn.Module) else value
