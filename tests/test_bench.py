@@ -53,6 +53,7 @@ def toy() -> Settings:
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, 1])
+@pytest.mark.parametrize("family", ["clip_vision_model", "dinov2", "dinov2_with_registers", "siglip_vision_model"])
 def test_roofline_of_the_encoder_is_what_torch_counts(family, make_tower, feature_layer):
     """To the last FLOP; on the meta device, where attention is two products. SigLIP's pooling head is not in it."""
     headless = {"vision_use_head": False} if family == "siglip_vision_model" else {}

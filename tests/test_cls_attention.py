@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES
@@ -19,7 +20,6 @@ from acformer.vision.recording import THREAD, Recording
 
 KERNELS = ("sdpa", "eager")
 CLS_FAMILIES = [name for name in FAMILIES if ENCODERS[name].prefix]
-ROW_FAMILIES = [name for name in FAMILIES if ENCODERS[name].prefix or ENCODERS[name].probe]
 TRACED = ("clip_vision_model", "siglip2_vision_model", "dinov3_vit", "beit")  # one of each kind: tracing takes seconds
 SIGLIPS = ("siglip_vision_model", "siglip2_vision_model")
 
@@ -140,7 +140,7 @@ def test_an_encoder_with_neither_cls_nor_probe_has_no_row(make_tower, pixels):
 
 # Measured 0.0028 (bf16) and 0.00025 (f16) in rows up to 0.24: queries and keys come out of rounded blocks.
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-@pytest.mark.parametrize("family", ROW_FAMILIES)
+@pytest.mark.parametrize("family", tiny.WITH_ROW)
 def test_half_precision_row_is_float32(family, dtype, atol, make_tower, pixels):
     """Else the scores of many patches would tie."""
     expected = encode(load_vision_encoder(make_tower(family)), pixels).cls_attention
@@ -276,7 +276,7 @@ def test_exports(family, make_tower, pixels):
     assert encode(exported, pixels.repeat(2, 1, 1, 1)).tokens.shape == (4, *expected.tokens.shape[1:])
 
 
-@pytest.mark.parametrize("family", ROW_FAMILIES)
+@pytest.mark.parametrize("family", tiny.WITH_ROW)
 def test_autocast_does_not_round_the_row(family, make_tower, pixels):
     """Training under bf16 must find the anchors that inference finds: a row rounded to bf16 is full of ties."""
     encoder = load_vision_encoder(make_tower(family))

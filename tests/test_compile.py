@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from acformer.anchors.search import select_anchors
 from acformer.connectors import Geometry, build_connector
 from acformer.vision.encoder import load_vision_encoder
+from acformer.vision.families import num_prefix_tokens
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -31,7 +32,7 @@ class Pipeline(nn.Module):
     def __init__(self, tower):
         super().__init__()
         self.encoder = load_vision_encoder(tower)
-        geometry = Geometry(32, 24, (4, 4), self.encoder.tap.num_prefix_tokens)
+        geometry = Geometry(32, 24, (4, 4), num_prefix_tokens(tower.config))
         self.connector = build_connector("acformer", geometry, num_anchors=4, depth=1, num_heads=2, head_dim=8)
 
     def forward(self, pixels: Tensor, num_tokens: int) -> Tensor:

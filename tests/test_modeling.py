@@ -99,13 +99,14 @@ def test_all_weights_but_the_encoders_last_norm_learn(connector, batch):
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # renamed after 5.19
-@pytest.mark.parametrize("vision", tiny.ENCODERS)
+@pytest.mark.parametrize("vision", tiny.WITH_ROW)
 def test_gradient_checkpointing_changes_no_gradient(vision):
     model = tiny.model(vision=vision).train()
     inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=model.config.num_placeholders)
 
     def gradients():
         model.zero_grad()
+        torch.manual_seed(0)  # DINOv3 draws where its patches are said to be, while it trains
         model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
@@ -282,16 +283,22 @@ def test_compiles_into_one_graph(model, batch):
 # Encoders and sizes
 
 
-@pytest.mark.parametrize("vision", tiny.ENCODERS)
-@pytest.mark.parametrize("connector", tiny.CONNECTORS)
-def test_every_encoder_with_every_connector(vision, connector, tmp_path):
+# Every connector with an encoder of each kind (registers, no [CLS], several inputs), every encoder with one connector.
+PAIRS = [("dinov2_with_registers", connector) for connector in tiny.CONNECTORS]
+PAIRS += [("siglip2_vision_model", connector) for connector in tiny.CONNECTORS]
+PAIRS += [(vision, "token_packer") for vision in tiny.ENCODERS]
+
+
+@pytest.mark.parametrize(("vision", "connector"), sorted({*PAIRS}))
+def test_every_encoder_and_every_connector(vision, connector, tmp_path):
     model = tiny.model(connector, vision=vision)
     config, tokens = model.config, model.config.num_placeholders
     rows, columns = model.model.connector.input_grid
     inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=tokens)
     features = model.get_vision_features(inputs["pixel_values"])
     assert features.tokens.shape == (1, config.num_vision_tokens, config.vision_config.hidden_size)
-    assert features.cls_attention.shape == (1, 4, rows * columns)
+    if vision in tiny.WITH_ROW:
+        assert features.cls_attention.shape == (1, 4, rows * columns)
     again = AcFormerForConditionalGeneration.from_pretrained(save(model, tmp_path))
     # Measured 0, but for `c_abstractor`: a convolution sums in an order that depends on how its weight lies in memory
     # (2.2e-6 of logits up to 2.5).
@@ -307,7 +314,7 @@ def test_blocks_after_the_feature_layer_are_not_there(feature_layer, blocks):
     assert model.config.vision_config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("vision", tiny.ENCODERS)
+@pytest.mark.parametrize("vision", tiny.OF_ANY_SIZE)
 def test_images_larger_than_the_encoder_was_trained_on(vision):
     model = tiny.model("mlp", vision=vision, image_size=24)
     assert model.config.num_placeholders == 36

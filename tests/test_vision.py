@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,19 +13,17 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, BertConfig, BertModel, Siglip2ImageProcessorPil
+from transformers import CONFIG_MAPPING, AutoModel, BertConfig, BertModel, BlipVisionModel, Siglip2ImageProcessorPil
 
 from acformer.errors import CheckpointError, UsageError
 from acformer.vision.check import check_encoder
 from acformer.vision.encoder import load_vision_encoder, resized, tower_inputs
-from acformer.vision.families import ENCODERS, image_size, own_size, patch_sequence
+from acformer.vision.families import ENCODERS, image_size, patch_sequence
 from acformer.vision.features import VisionFeatures
 from acformer.vision.load import pixel_statistics
 
-OF_ANY_SIZE = [name for name in FAMILIES if ENCODERS[name].inputs is not own_size]
 FOLDERS = ("clip_vision_model", "dinov2")  # the weights of the second have other names on disk than in memory
 TWO_TOWERS = ("chinese_clip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2")
 TEXT = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
@@ -49,6 +48,24 @@ def test_tokens_are_the_hidden_states(family, kernel, feature_layer, make_tower,
 def test_the_line_passes_its_check(family, make_tower):
     features = check_encoder(make_tower(family))
     assert features.tokens.shape == (1, features.num_prefix_tokens + 16, 32)
+
+
+def test_the_page_that_adds_an_encoder(monkeypatch, capsys):
+    """Its list is the table, its Python runs."""
+    page = (Path(__file__).parents[1] / "docs/add-an-encoder.md").read_text()
+    listed = re.findall(r"`(\w+)`", page.partition("vision config:\n")[2].partition("\n\nThe table")[0])
+    assert sorted(listed) == sorted(ENCODERS)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setitem(ENCODERS, "altclip_vision_model", None)  # taken out again afterwards
+    exec(code, {})
+    assert capsys.readouterr().out == "torch.Size([1, 17, 32]) (4, 4) 1\n"
+
+
+def test_attention_that_is_not_transformers_own(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "blip_vision_model", ENCODERS["clip_vision_model"])
+    config = tiny.vision_config("blip_vision_model", hidden_size=32, num_attention_heads=4, image_size=28, patch_size=7)
+    with pytest.raises(UsageError, match="BlipAttention does not go through transformers' attention functions"):
+        load_vision_encoder(BlipVisionModel(config))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +268,7 @@ def test_hidden_layers_above_the_feature_layer(family, layer, message, make_towe
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (1, 4)])
-@pytest.mark.parametrize("family", OF_ANY_SIZE)
+@pytest.mark.parametrize("family", tiny.OF_ANY_SIZE)
 def test_resized_pixels_make_the_grid(family, grid, make_tower, pixels):
     tower = make_tower(family)
     small = resized(pixels, tower.config, grid)
@@ -272,7 +289,7 @@ def test_frozen(family, make_tower):
 
 
 @pytest.mark.parametrize(("size", "grid"), [((56, 56), (8, 8)), ((28, 42), (4, 6))])
-@pytest.mark.parametrize("family", OF_ANY_SIZE)
+@pytest.mark.parametrize("family", tiny.OF_ANY_SIZE)
 def test_other_image_sizes(family, size, grid, make_tower):
     """The position embedding is interpolated, as Hugging Face does it when asked to."""
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -82,11 +82,17 @@ def cls_row(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = No
 
 
 def _use_recording_attention(attention: Any, tower: PreTrainedModel) -> None:
+    eager = vars(import_module(type(attention).__module__)).get("eager_attention_forward")
+    if eager is None:
+        raise UsageError(
+            f"{type(attention).__name__} does not go through transformers' attention functions, so its [CLS] attention "
+            "cannot be read"
+        )
     # A config of its own for this one module: the rest of the tower keeps its kernel.
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = RECORDING
     attention.tower_config = tower.config
-    attention.eager_attention = import_module(type(attention).__module__).eager_attention_forward
+    attention.eager_attention = eager
 
 
 def recording_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
