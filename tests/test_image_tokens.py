@@ -1,5 +1,6 @@
 """Kept image tokens: the same answers as without, each picture encoded once, and what a key must tell apart."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from test_fusion import GATED, opened
 
+from acformer.commands.ask import split_words
 from acformer.data.samples import Sample
-from acformer.errors import ImageError, UsageError
+from acformer.errors import DataError, ImageError, UsageError
 from acformer.evaluate.generate import answer, ask, converse, prompt_inputs
 from acformer.hf.visual_token_cache import VisualTokenCache
 from acformer.images import load_image
@@ -104,6 +107,80 @@ def test_turns_of_a_dialogue_run_the_picture_once(parts, pictures, runs):
         messages.append({"role": "assistant", "content": said[number]})
 
 
+def test_several_images_or_none(parts, pictures):
+    words = "which?"
+    for images in (pictures[:2], [], pictures[:1]):
+        sample = question("0", *images, words=words)
+        assert ask(*parts, images, words, max_new_tokens=8) == without(parts, sample.messages, images)
+    assert ask(*parts, pictures[0], words, max_new_tokens=8) == ask(*parts, pictures[:1], words, max_new_tokens=8)
+    opened = [Image.open(path) for path in pictures[:2]]
+    assert ask(*parts, opened, words, max_new_tokens=8) == ask(*parts, pictures[:2], words, max_new_tokens=8)
+
+
+def short(model, length):
+    """The same model with another context."""
+    model.config.text_config.max_position_embeddings = length
+    return model
+
+
+def prompt_length(parts, *samples):
+    return [int(prompt_inputs(parts[1], [sample.messages])["attention_mask"].sum()) for sample in samples]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(parts, pictures):
+    long = question("long", pictures[0], words="what " * 20)
+    (length,) = prompt_length(parts, long)
+    model = short(parts[0], length)
+    told = rf"a prompt of {length} tokens .* does not fit into the model's context of {length}"
+    with pytest.raises(UsageError, match=told):
+        ask(model, parts[1], pictures[0], "what " * 20)
+    with pytest.raises(DataError, match=f"among short, long: {told}"):
+        list(answer(model, parts[1], [question("short"), long], progress=False))
+    assert ask(model, parts[1], pictures[0], "what?", max_new_tokens=4)
+
+
+def test_an_answer_ends_with_the_context_and_cuts_no_other(parts, pictures):
+    samples = [question("0", pictures[0], words="what " * 20), question("1", pictures[1])]
+    model, processor = parts
+    model.generation_config.eos_token_id = None
+    lengths = prompt_length(parts, *samples)
+    options = {"max_new_tokens": 8, "progress": False}
+    before = list(answer(model, processor, samples, **options))
+    model = short(model, max(lengths) + 3)
+    after = list(answer(model, processor, samples, **options))
+    assert after[1] == before[1], "the batch does not change the answer"
+    assert before[0].startswith(after[0])
+    assert len(after[0]) < len(before[0])
+    assert ask(model, processor, pictures[0], "what " * 20, max_new_tokens=8) == after[0]
+
+
+def test_a_dialogue_is_refused_when_it_outgrows_the_context(parts, pictures):
+    model = short(parts[0], 100)
+    turns = converse(model, parts[1], pictures[0], ["what?"] * 99, max_new_tokens=8)
+    with pytest.raises(UsageError, match="the model's context of 100"):
+        list(turns)
+
+
+def test_what_pil_has_opened_is_known_by_its_pixels(parts, tmp_path, runs):
+    exif = Image.Exif()
+    exif[274] = 6
+    path, kept = tmp_path / "turned.png", VisualTokenCache(*parts)
+    tiny.picture(size=(20, 14)).save(path, exif=exif)
+    by_path, opened, again, other = kept([path, Image.open(path), Image.open(path), tiny.picture(size=(20, 14))])
+    assert torch.equal(by_path, opened)
+    assert opened is again
+    assert not torch.allclose(other, opened), "that one is not turned"
+    assert torch.equal(kept([str(path)])[0], by_path)
+    assert runs["encoder"] == [3]
+
+
+def test_files_that_never_end_are_refused(parts, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ImageError, match="a directory or device"):
+            VisualTokenCache(*parts)([path])
+
+
 def test_the_command_takes_several_questions(tmp_path, pictures, capsys):
     from acformer.cli import main
 
@@ -113,6 +190,59 @@ def test_the_command_takes_several_questions(tmp_path, pictures, capsys):
     assert main([*command, "--device", "cpu", "--quiet"]) == 0
     said = list(converse(tiny.model(), tiny.processor(), pictures[0], ["what?", "where?"], max_new_tokens=4))
     assert capsys.readouterr().out.splitlines() == said
+
+
+def test_the_command_takes_several_images_or_none(tmp_path, pictures, capsys):
+    from acformer.cli import main
+
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.processor().save_pretrained(tmp_path / "model")
+    options = ["--max-new-tokens", "4", "--device", "cpu", "--quiet"]
+    for images in (pictures[:2], []):
+        assert main(["ask", str(tmp_path / "model"), *map(str, images), "compare", "sure?", *options]) == 0
+        said = list(converse(tiny.model(), tiny.processor(), images, ["compare", "sure?"], max_new_tokens=4))
+        assert capsys.readouterr().out.splitlines() == said
+
+
+@pytest.mark.parametrize(
+    ("words", "images", "questions"),
+    [
+        ("a.png|what?", 1, 1),
+        ("a.png|b.png|compare", 2, 1),
+        ("a.png|b.png|compare|and now?", 2, 2),
+        ("what?", 0, 1),
+        ("what is in a.png", 0, 1),
+        ("gone.jpeg|what?", 1, 1),
+        ("my gone photo.JPG|what?", 1, 1),
+        ("no_suffix|what?", 1, 1),
+        ("https://h/a|what?", 1, 1),
+        ("x" * 5000, 0, 1),
+        ("", 0, 1),
+    ],
+)
+def test_words_are_images_and_then_questions(words, images, questions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "no_suffix"):
+        (tmp_path / name).touch()
+    found = split_words(words.split("|"))
+    assert [len(part) for part in found] == [images, questions]
+    assert [*found[0], *found[1]] == words.split("|")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("a.png", "there is no question behind a.png"),
+        ("a.png|b.png", "there is no question behind b.png"),
+        ("what?|a.png", "a.png stands behind 'what?': images come before the first question"),
+        ("a.png|what?|b.png|compare", "b.png stands behind 'what?'"),
+    ],
+)
+def test_words_that_are_no_images_and_then_questions(words, message, capsys):
+    from acformer.cli import main
+
+    assert main(["ask", "model", *words.split("|")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_question_is_asked_for_when_the_one_before_is_answered(parts, pictures):

@@ -179,6 +179,51 @@ def test_files_are_opened_by_load_image(processor, tmp_path):
         processor(str(tmp_path / "gone.png"), TEXT)
 
 
+def test_what_pil_has_opened_is_taken_as_its_file(processor, tmp_path):
+    """A photograph of a phone is upright, sixteen bits keep their levels, transparency is white."""
+    exif = Image.Exif()
+    exif[274] = 6
+    photo, deep, clear = tmp_path / "photo.jpg", tmp_path / "deep.png", tmp_path / "clear.png"
+    tiny.picture(size=(40, 20)).save(photo, exif=exif)
+    Image.fromarray((np.arange(14 * 20).reshape(14, 20) * 200).astype(np.uint16)).save(deep)
+    Image.new("LA", (20, 14), (40, 100)).save(clear)
+    for path in (photo, deep, clear):
+        by_path = processor(path, TEXT)["pixel_values"]
+        for opened in (Image.open(path), [Image.open(path)], [[Image.open(path)]]):
+            assert np.array_equal(processor(opened, TEXT)["pixel_values"], by_path)
+        part = {"type": "image", "image": Image.open(path)}
+        chat = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        assert np.array_equal(inputs["pixel_values"], by_path)
+
+
+def test_prompts_and_images_in_the_other_order(processor, tmp_path, caplog):
+    path = tmp_path / "a.png"
+    tiny.picture().save(path)
+    expected = processor(tiny.picture(), TEXT)
+    array = np.asarray(tiny.picture())
+    for image in (tiny.picture(), path, str(path), path.read_bytes(), array, [str(path)], [[path]]):
+        inputs = processor([TEXT] if isinstance(image, list) else TEXT, image)
+        assert inputs["input_ids"] == expected["input_ids"]
+        assert np.array_equal(inputs["pixel_values"], expected["pixel_values"])
+    assert len(caplog.records) == 7
+    assert {record.getMessage() for record in caplog.records} == {
+        "prompts were given as images and images as text: call processor(images=..., text=...)"
+    }
+    for images, text in ((TEXT, None), (TEXT, TEXT), ([TEXT], [TEXT])):
+        with pytest.raises(ValueError, match=r"was given as an image: call processor\(images=\.\.\., text=\.\.\.\)"):
+            processor(images, text)
+
+
+def test_the_right_order_is_left_alone(processor, tmp_path, caplog):
+    tiny.picture().save(tmp_path / "a.png")
+    processor(str(tmp_path / "a.png"), TEXT)
+    processor([str(tmp_path / "a.png")], [TEXT])
+    processor(None, "no image")
+    processor(text=["no", "image"], padding=True)
+    assert not caplog.records
+
+
 def test_nothing_is_fetched(processor, monkeypatch):
     def connect(*address):
         raise AssertionError(address)
