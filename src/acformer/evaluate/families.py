@@ -24,8 +24,8 @@ from acformer.evaluate.scorers import (
     first_known,
     most_frequent,
     normalise,
+    same_words,
     sum_by_group,
-    vqa_score,
 )
 
 
@@ -102,9 +102,9 @@ def _pope_details(sums: Float[np.ndarray, "5"]) -> dict[str, float]:
     return {name: float(_safe(above, below)) for name, (above, below) in pairs.items()}
 
 
-def vqa(replies: Sequence[Reply]) -> Measure:
-    """VQA score (TextVQA); exact match besides."""
-    points = [[vqa_score(reply.prediction, [reply.answer]), 1.0] for reply in replies]
+def reading(replies: Sequence[Reply]) -> Measure:
+    """The same words (`same_words`, a measure of ours: there is one answer, and no VQA score of one); exact match."""
+    points = [[float(same_words(reply.prediction, reply.answer)), 1.0] for reply in replies]
     return Measure(np.array(points), _ratio, {"exact_match": _mean_right(replies)})
 
 
@@ -126,7 +126,7 @@ MEASURES: dict[str, Callable[[Sequence[Reply]], Measure]] = {
     "relate": accuracy,
     "count": accuracy,
     "attribute": accuracy,
-    "read": vqa,
+    "read": reading,
     "choose": circular,
 }
 

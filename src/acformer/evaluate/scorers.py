@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_VQA_WORDS = {"a": "", "an": "", "the": "", "none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
+_WORDS = {"a": "", "an": "", "the": "", "none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
 
 MAX_PICKS = 2**22
 """Of a bootstrap, held at once: VQAv2 has 2,000 draws of 75,000 images."""
@@ -27,28 +27,20 @@ def exact_match(prediction: str, answer: str) -> bool:
     return normalise(prediction) == normalise(answer)
 
 
-def normalise_vqa(answer: str) -> str:
-    """Lower case, no articles, numbers as digits, no punctuation but the point of a decimal: what VQA compares.
+def normalise_words(answer: str) -> str:
+    """Lower case, no articles, numbers as digits, no punctuation but the point of a decimal: ours, for our own data.
 
-    Differs from VQA v2's evaluation in dropping all apostrophes instead of restoring those of contractions, so that
-    "dont" and "don't" are equal without a list.
+    Not the answer processor of the VQA challenges, which is `acformer.benchmarks.vqa_processor`: this one drops all
+    apostrophes and most signs, so that "dont" and "don't" are equal without a list, and "A&W" and "a w" too.
     """
     text = re.sub(r"['’]|(?<=\d),(?=\d)", "", answer.lower())
     text = re.sub(r"\.(?!\d)|[^\w\s.]|_", " ", text)
-    return " ".join(word for word in (_VQA_WORDS.get(word, word) for word in text.split()) if word)
+    return " ".join(word for word in (_WORDS.get(word, word) for word in text.split()) if word)
 
 
-def vqa_score(prediction: str, answers: Sequence[str]) -> float:
-    """VQA's accuracy (Antol et al. 2015; Table 7): min(matches / 3, 1), averaged over leaving out one annotator each.
-
-    Differs from it with fewer than four annotators: all the others must agree, and a single answer must match.
-    """
-    said, right = normalise_vqa(prediction), [normalise_vqa(answer) for answer in answers]
-    if len(right) == 1:
-        return float(said == right[0])
-    needed = min(3, len(right) - 1)
-    matches = right.count(said)
-    return sum(min((matches - (answer == said)) / needed, 1.0) for answer in right) / len(right)
+def same_words(prediction: str, answer: str) -> bool:
+    """Whether the two are the same answer once `normalise_words` has run over both."""
+    return normalise_words(prediction) == normalise_words(answer)
 
 
 def accuracy_by_kind(correct: Sequence[bool], kinds: Sequence[str | None]) -> dict[str, float]:
