@@ -714,7 +714,7 @@ def test_a_submission_is_whole_or_absent(files, tmp_path, capsys, monkeypatch):
         "pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left", str(path)))
     )
     code, _, err = run(capsys, *arguments, path)
-    assert (code, "No space left" in err) == (2, True)
+    assert (code, "No space left" in err) == (4, True)
     assert path.read_text() == "of yesterday"
     assert sorted(one.name for one in tmp_path.iterdir() if one.is_file()) == ["upload.json"]
 

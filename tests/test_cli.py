@@ -89,7 +89,7 @@ def test_unknown_connector_and_option(capsys, tmp_path, model_folder):
         ("config", {"feature_layer": "x"}, 2, "config field feature_layer must be an int, got 'x'"),
         ("config", {"image_size": "big"}, 2, "config field image_size must be an int or nothing, got 'big'"),
         ("config", {"vision_config": 3}, 2, "config field vision_config must be a dict or PreTrainedConfig or nothing"),
-        ("config", {"vision_config": {"model_type": "clip"}}, 4, "cannot load"),
+        ("config", {"vision_config": {"model_type": "clip"}}, 2, "unknown vision encoder type 'clip'"),
         ("config", {"text_config": {"model_type": "t5"}}, 4, "cannot load"),
         ("config", {"num_placeholders": 3}, 4, "cannot load"),
         ("config", {"image_token_id": None}, 4, "prompts for image_token_id 3, but its model has None"),

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,7 +18,7 @@ from acformer.vision.features import VisionFeatures
 from acformer.vision.recording import THREAD, Recording
 
 KERNELS = ("sdpa", "eager")
-CLS_FAMILIES = [name for name in FAMILIES if ENCODERS[name].prefix]
+CLS_FAMILIES = [name for name in tiny.ENCODERS if ENCODERS[name].prefix]
 TRACED = ("clip_vision_model", "siglip2_vision_model", "dinov3_vit", "beit")  # one of each kind: tracing takes seconds
 SIGLIPS = ("siglip_vision_model", "siglip2_vision_model")
 
@@ -120,7 +119,7 @@ def test_row_is_that_of_the_eager_map(family, kernel, feature_layer, make_tower,
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, 2])
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("family", [name for name in FAMILIES if ENCODERS[name].probe])
+@pytest.mark.parametrize("family", [name for name in tiny.ENCODERS if ENCODERS[name].probe])
 def test_the_row_without_cls_is_that_of_the_probe(family, kernel, feature_layer, make_tower, pixels):
     encoder = load_vision_encoder(make_tower(family, attn_implementation=kernel), feature_layer)
     features = encode(encoder, pixels)

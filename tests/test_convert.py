@@ -162,7 +162,7 @@ class TestLlava:
             ({"multimodal_projector_bias": False}, "multimodal_projector_bias=False"),
             ({"family": "siglip_vision_model"}, "'default' is unsupported.*drops the first token.*has 0"),
             ({"family": "dinov2_with_registers"}, "'default' is unsupported.*drops the first token.*has 5"),
-            ({"family": "vit"}, "vision encoder 'vit' is unsupported"),
+            ({"family": "vit_mae"}, "vision encoder 'vit_mae' is unsupported"),
         ],
     )
     def test_unsupported(self, fields, told):

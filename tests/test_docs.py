@@ -48,9 +48,9 @@ def commands() -> list[str]:
 
 
 def assert_it_can_be_built(recipe: Recipe) -> None:
-    """Connector and fusion with their options, for DINOv2-S/14, which is what the recipes of the pages name."""
-    assert recipe.model.vision == "embedded:dinov2-s14"
-    side = (recipe.model.image_size or 518) // 14
+    """Connector and fusion with their options, for DINOv2-S/14, which most recipes of the pages name, or CLIP-L/14."""
+    assert recipe.model.vision in ("embedded:dinov2-s14", "openai/clip-vit-large-patch14-336")
+    side = (recipe.model.image_size or (518 if recipe.model.vision.startswith("embedded:") else 336)) // 14
     if recipe.model.connector not in YOURS:
         with torch.device("meta"):
             geometry = Geometry(384, 128, (side, side), num_prefix_tokens=1)

@@ -124,7 +124,9 @@ def test_images_cost_one_encoder_pass_and_t_places_of_the_prompt(model):
     """Then each further token is a step of one position, whatever the images were."""
     inputs, ran = prompts(model), {"encoder": [], "connector": [], "language model": []}
     parts = model.model
-    parts.vision_tower.register_forward_hook(lambda module, args, output: ran["encoder"].append(len(args[0])))
+    parts.vision_tower.register_forward_hook(
+        lambda module, args, kwargs, output: ran["encoder"].append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
     parts.connector.register_forward_hook(lambda module, args, output: ran["connector"].append(output.shape[1]))
     parts.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: ran["language model"].append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True

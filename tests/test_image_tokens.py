@@ -53,7 +53,9 @@ def runs(parts):
     """How many pictures each pass of encoder and connector had."""
     counts = {"encoder": [], "connector": []}
     model = parts[0].model
-    model.vision_tower.register_forward_hook(lambda module, args, output: counts["encoder"].append(len(args[0])))
+    model.vision_tower.register_forward_hook(
+        lambda module, args, kwargs, output: counts["encoder"].append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
     model.connector.register_forward_hook(lambda module, args, output: counts["connector"].append(len(output)))
     return counts
 

@@ -264,7 +264,7 @@ def test_adapters_of_some_layers_and_of_none(parts):
 def test_adapters_without_peft(monkeypatch, parts):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     recipe = small(parts, "finetune.lora={}")
-    with pytest.raises(UsageError, match=r"pip install 'acformer\[lora\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'acformer\[peft\]'"):
         add_adapters(empty_model(model_config(recipe)), recipe.finetune.lora)
 
 

@@ -561,4 +561,4 @@ def test_context_length(kind, fields, expected):
 
 
 def test_context_length_of_a_whole_model():
-    assert context_length(tiny.config()) == 256
+    assert context_length(tiny.config()) == 1024

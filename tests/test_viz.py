@@ -130,7 +130,7 @@ def test_pixels_follow_the_encoders_dtype(folder):
 
 @pytest.mark.parametrize("num_anchors", [0, 37])
 def test_more_anchors_than_patches_are_refused(encoder, folder, num_anchors):
-    with pytest.raises(UsageError, match=r"outside 1\.\.36"):
+    with pytest.raises(UsageError, match=r"must be in 1\.\.36"):
         find_anchors(picture(8, 8), encoder, square_image_processor(folder, 84), num_anchors)
 
 

@@ -82,7 +82,7 @@ def config(connector: str = "acformer", vision: str = "clip_vision_model", **kwa
     tower = vision_config(vision, **sizes, image_size=IMAGE_SIZE, patch_size=4)
     special = {f"{name}_token_id": getattr(tokenizer(), f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = CONFIG_MAPPING["llama"](
-        **sizes, num_key_value_heads=2, vocab_size=len(tokenizer()), max_position_embeddings=256, **special
+        **sizes, num_key_value_heads=2, vocab_size=len(tokenizer()), max_position_embeddings=1024, **special
     )
     kwargs.setdefault("connector_kwargs", small_options(connector))
     image_token_id = tokenizer().convert_tokens_to_ids("<image>")

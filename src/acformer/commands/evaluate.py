@@ -16,9 +16,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_model(sub, max_new_tokens=None, tokens=numbers)
     names = "easy-vqa, openmoji-scenes[-small][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
     sub.add_argument("--data", default="easy-vqa", help=f"{names} (default easy-vqa)")
-    sub.add_argument("--root", type=Path, help="of a benchmark: the folder of its published files, images among them")
+    sub.add_argument("--root", type=Path, help="the folder of the images; of a benchmark, that of its published files")
     sub.add_argument("--protocol", default="llava", help="of a benchmark: llava (default), lmms-eval or official")
-    sub.add_argument("--out", type=Path, help="where predictions and scores go (default MODEL/eval)")
+    sub.add_argument("--out", type=Path, help="where predictions and scores go (default: under MODEL/eval)")
     sub.add_argument("--limit", type=positive, help="only the first questions")
     sub.add_argument("--batch-size", type=positive, default=32)
     sub.set_defaults(run=run)
@@ -34,11 +34,12 @@ def run(arguments: argparse.Namespace) -> str:
         raise UsageError("several numbers of --tokens are for benchmarks (--data pope --root FOLDER)")
     from acformer.evaluate.report import evaluate
 
-    out = arguments.out or Path(arguments.model) / "eval"
+    out = arguments.out or _folder(arguments.model) / _evaluation_name(arguments)
     scores = evaluate(
         load(arguments),
         arguments.data,
         out,
+        image_root=arguments.root,
         limit=arguments.limit,
         num_visual_tokens=arguments.tokens[0] if arguments.tokens else None,
         batch_size=arguments.batch_size,
@@ -49,13 +50,26 @@ def run(arguments: argparse.Namespace) -> str:
     return json.dumps(scores, indent=1)
 
 
+def _folder(model: str) -> Path:
+    """Where a model's evaluations lie: beside a local one. A folder of a hub's name would hide the hub's model."""
+    return Path(model) / "eval" if Path(model).exists() else Path("runs/eval") / model.replace("/", "--")
+
+
+def _evaluation_name(arguments: argparse.Namespace) -> str:
+    """Another folder for every data set, number of visual tokens and limit: `easy-vqa`, `easy-vqa-T9-limit200`."""
+    path = Path(arguments.data)
+    name = path.stem if path.suffix else arguments.data.replace(":", "-")
+    tokens = f"-T{arguments.tokens[0]}" if arguments.tokens else ""
+    return name + tokens + (f"-limit{arguments.limit}" if arguments.limit else "")
+
+
 def _benchmark(arguments: argparse.Namespace) -> str:
     if arguments.root is None:
         raise UsageError(f"--data {arguments.data} is a benchmark: --root says in which folder its files are")
     from acformer.benchmarks.run import evaluate_benchmark
     from acformer.benchmarks.score_text import budget_table, score_text
 
-    out = arguments.out or Path(arguments.model) / "eval"
+    out = arguments.out or _folder(arguments.model)
     results = evaluate_benchmark(
         load(arguments),
         arguments.data,

@@ -21,6 +21,8 @@ from acformer.data.skip_log import FsPath, SkipLog
 from acformer.errors import DataError
 
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+OTHER_MEDIA = ("video", "videos", "audio", "audios", "sound", "sounds")
+"""Keys of records that are about more than images; a model of ours reads none of it."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -30,8 +32,8 @@ def read_samples(path: FsPath, *, image_root: FsPath | None = None, skipped: Ski
     Pictures are looked for under `image_root` (default: the file's folder) and only opened later. Errors:
     `DataError` naming the file when it is missing, empty, broken as a whole or without one good record.
     """
-    path = Path(path)
-    root = path.parent if image_root is None else Path(image_root)
+    path = Path(path).expanduser()
+    root = path.parent if image_root is None else Path(image_root).expanduser()
     used, reason = 0, ""
     for number, record in _records(path):
         skipped.offered += 1
@@ -131,25 +133,80 @@ def _sample(record: Any, path: Path, number: int, root: Path) -> Sample:
     """A checked `Sample`, or the `DataError` that says what is wrong with the record."""
     if isinstance(record, DataError):
         raise record
+    if heard := [key for key in OTHER_MEDIA if isinstance(record, dict) and record.get(key)]:
+        raise DataError(f"holds {heard[0]}, which is neither text nor an image")
     match record:
         case {"messages": [_, *_] as turns}:
-            messages = turns
+            messages, names = _chat_messages(turns, _image_names(record))
         case {"conversations": [_, *_] as turns}:
-            messages = [_llava_message(turn) for turn in turns]
+            messages, names = [_llava_message(turn) for turn in turns], _image_names(record)
         case _:
             raise DataError("a record is an object with `conversations` or `messages`")
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError("holds a lone surrogate, which is not a character") from None
-    images = tuple(_image_path(root, name) for name in _image_names(record))
+    messages = _with_system_prompt(record, messages)
+    images = tuple(_image_path(root, name) for name in names)
     check_images(messages, len(images))
     said = ["".join(split_at_images(message)) for message in messages if message["role"] == "assistant"]
-    kind, answer = record.get("kind"), record.get("answer", said[-1] if said else None)
-    key = record.get("id", f"{path.stem}:{number}")
+    kind, key, answer = record.get("kind"), record.get("id"), record.get("answer")
+    key = f"{path.stem}:{number}" if key is None else key
+    if answer is None:
+        answer = said[-1] if said else None
+    elif type(answer) in (int, float):
+        answer = str(answer)
     if not isinstance(kind, str | None) or not isinstance(answer, str | None) or not isinstance(key, str | int):
         raise DataError("id, kind and answer must be text")
     return Sample(str(key), tuple(messages), images, answer, kind, str(path), number)
+
+
+def _with_system_prompt(record: dict[str, Any], messages: list[Any]) -> list[Any]:
+    """The record's own `system` or `system_prompt` as the first message, unless the messages begin with one."""
+    prompt = record.get("system") or record.get("system_prompt")
+    if not prompt:
+        return messages
+    if not isinstance(prompt, str):
+        raise DataError(f"a system prompt must be text: {str(prompt)[:80]}")
+    begins = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    return messages if begins else [{"role": "system", "content": prompt}, *messages]
+
+
+def _chat_messages(turns: list[Any], names: list[str]) -> tuple[list[Any], list[str]]:
+    """Chat messages, and the images that they are about.
+
+    Image parts may name their images themselves; where there are none, `<image>` tags in a user's text are read as
+    LLaVA's are.
+    """
+    parts = [part for turn in turns if isinstance(turn, dict) for part in _parts(turn.get("content"))]
+    if any(part.get("type") == "image" for part in parts):
+        own = [_named_image(part) for part in parts if part.get("type") == "image"]
+        found = [name for name in own if name is not None]
+        if found and names:
+            raise DataError("images are named in the record and in the parts of its messages")
+        if found and len(found) < len(own):
+            raise DataError("some image parts name their image and others do not")
+        return turns, names or found
+    return ([_tagged_message(turn) for turn in turns] if names else turns), names
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _named_image(part: dict[str, Any]) -> str | None:
+    """The image that a part names: under `image`, `path` or `url`, as chat formats have it."""
+    named = [part[key] for key in ("image", "path", "url") if isinstance(part.get(key), str)]
+    return named[0] if named else None
+
+
+def _tagged_message(turn: Any) -> Any:
+    """A chat message whose text holds `<image>` tags, with parts in their places."""
+    match turn:
+        case {"role": "user", "content": str(text)} if IMAGE_TAG in text:
+            return _llava_message({"from": "human", "value": text})
+        case _:
+            return turn
 
 
 def _llava_message(turn: Any) -> dict[str, Any]:
@@ -175,8 +232,8 @@ def _llava_message(turn: Any) -> dict[str, Any]:
 
 
 def _image_names(record: dict[str, Any]) -> list[str]:
-    names = record.get("images", record.get("image"))
-    names = [] if names is None else [names] if isinstance(names, str) else names
+    names = record.get("images") or record.get("image") or []  # a merged table has empty columns
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError("image must be a file name or a list of them")
     return names

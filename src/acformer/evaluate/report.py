@@ -14,14 +14,15 @@ from acformer.errors import DataError
 from acformer.evaluate.families import Reply, blind_replies, family_scores
 from acformer.evaluate.generate import Features, answer
 from acformer.evaluate.scorers import accuracy_by_kind, interval
+from acformer.files import whole_file, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 
 
-def evaluation_samples(data: str, limit: int | None = None) -> list[Sample]:
+def evaluation_samples(data: str, limit: int | None = None, image_root: Path | None = None) -> list[Sample]:
     """Records with an answer to compare with; a data set's bare name means its test questions. No record may be bad."""
     named = named_dataset(data)
     part = f"{data}:{named[0].test_part}" if named and not named[1] else data
-    samples = load_samples(part, skipped=SkipLog(max_bad_fraction=0.0), limit=limit)
+    samples = load_samples(part, image_root=image_root, skipped=SkipLog(max_bad_fraction=0.0), limit=limit)
     if unanswered := [sample.id for sample in samples if sample.answer is None]:
         raise DataError(f"{data}: {len(unanswered)} records have no answer to compare with, first: {unanswered[0]}")
     return samples
@@ -32,6 +33,7 @@ def evaluate(
     data: str,
     out: Path,
     *,
+    image_root: Path | None = None,
     limit: int | None = None,
     features: Features | None = None,
     num_visual_tokens: int | None = None,
@@ -46,7 +48,7 @@ def evaluate(
     that have a measure also families and average (see `family_scores`).
     """
     model, processor = parts
-    samples = evaluation_samples(data, limit)
+    samples = evaluation_samples(data, limit, image_root)
     started = time.monotonic()
     answers = answer(
         model,
@@ -67,7 +69,7 @@ def evaluate(
         "num_vision_tokens": model.config.num_vision_tokens,
         "seconds": round(time.monotonic() - started, 1),
     }
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return scores
 
 
@@ -88,9 +90,9 @@ def score_replies(data: str, replies: Sequence[Reply]) -> dict[str, Any]:
 
 
 def write_predictions(samples: Sequence[Sample], answers: Iterable[str], path: Path) -> list[Reply]:
-    """One JSON line a question as its answer comes; returns them with what was answered."""
+    """One JSON line a question, all of them or none; returns them with what was answered."""
     replies = []
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
         for sample, prediction in zip(samples, answers, strict=True):
             reply = replace(as_reply(sample), prediction=prediction)
             record = {

@@ -11,6 +11,8 @@ from jaxtyping import Float
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _WORDS = {"a": "", "an": "", "the": "", "none": "0"} | {word: str(n) for n, word in enumerate(_NUMBERS)}
 
+PUNCTUATION = "".join(sorted(set(string.punctuation) - set("+-#%$&@=^/\\|<>~"))) + " "
+"""What may stand around an answer without being part of it."""
 MAX_PICKS = 2**22
 """Of a bootstrap, held at once: VQAv2 has 2,000 draws of 75,000 images."""
 
@@ -18,8 +20,12 @@ Sums = Float[np.ndarray, "*draws counts"]
 
 
 def normalise(answer: str) -> str:
-    """Lower case, no punctuation around it, single spaces: what exact match compares."""
-    return " ".join(answer.lower().split()).strip(string.punctuation + " ")
+    """Lower case, no punctuation around it, single spaces: what exact match compares.
+
+    Signs belong to an answer: "-5" is not "5", nor "C++" "C"; a dash and a space before it are a list's.
+    """
+    words = " ".join(answer.lower().split())
+    return re.sub(r"^[-*+] ", "", words).strip(PUNCTUATION)
 
 
 def exact_match(prediction: str, answer: str) -> bool:

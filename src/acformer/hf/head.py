@@ -7,7 +7,6 @@ in the place of its body.
 
 import inspect
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class LanguageModelHead:
         language_model = owner.model.language_model
         parts = {name: getattr(owner, name) for name in self.names}
         parts[self.body] = _Body(language_model)
-        model: Any = SimpleNamespace(**self.numbers, **parts, config=language_model.config)
+        model = _LanguageModel({**self.numbers, **parts, "config": language_model.config})
         return self.forward(model, inputs_embeds=hidden).logits
 
     def renamed(self, name: str) -> str:
@@ -83,6 +82,14 @@ class _Hidden(ModelOutput):
     cross_attentions: Any = None
     router_logits: Any = None
     shared_kv_states: Any = None
+
+
+class _LanguageModel:
+    """Stands in for the language model whose class's forward pass runs."""
+
+    def __init__(self, parts: dict[str, Any]):
+        for name, value in parts.items():  # one by one: torch.compile follows that
+            setattr(self, name, value)
 
 
 class _Body:

@@ -20,7 +20,7 @@ from acformer.lab.reproduce.plans import Plan, Scale, TableRow, table_recipe
 from acformer.lab.reproduce.records import made_record, read_record
 from acformer.lab.scenes.difficulty import VERSION
 from acformer.lab.scenes.probe import PROBE_VERSION
-from acformer.training.recipe import ModelSpec, Recipe
+from acformer.training.recipe import STAGES, ModelSpec, Recipe
 from acformer.vision.families import image_size, num_prefix_tokens, patch_grid
 from acformer.vision.load import load_tower
 
@@ -177,6 +177,8 @@ def fingerprint(value: Any) -> str:
 
 FORMER_NAMES = {"direct": "top_p", "hidden_layers": "levels"}
 """Connectors and options that had another name when the first records were made."""
+NEW_FIELDS = {"lora", "quantize"}
+"""Of a stage, which recipes did not have then; where they say nothing the run is the same."""
 NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}}
 """Options that it did not have then: it was no alias."""
 
@@ -185,6 +187,10 @@ def as_recorded(recipe: Recipe) -> dict[str, Any]:
     """The recipe in the names that its records were made with: the same run has the same fingerprint still."""
     spelled = asdict(recipe)
     model = spelled["model"]
+    for stage in STAGES:
+        for key in NEW_FIELDS & (spelled[stage] or {}).keys():
+            if spelled[stage][key] is None:
+                del spelled[stage][key]
     model["connector"] = FORMER_NAMES.get(model["connector"], model["connector"])
     model["connector_kwargs"] = {FORMER_NAMES.get(key, key): value for key, value in model["connector_kwargs"].items()}
     return spelled
