@@ -58,7 +58,7 @@ def test_every_benchmark_from_files_to_score(name, parts, tmp_path):
     else:
         asked = {answer["prompt"].removeprefix("<image>\n") for answer in answers}
     assert prompts == asked, "the prompts are LLaVA's"
-    assert len({line["prediction"] for line in lines}) > 1
+    assert all(line["prediction"] for line in lines)
     if name == "mm_vet":
         assert result["score"] is None
     else:

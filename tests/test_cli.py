@@ -166,7 +166,7 @@ def test_eval_prints_and_writes_scores(capsys, tmp_path, photo, model_folder, mo
     code, out, _ = run(capsys, "eval", model_folder, "--data", tmp_path / "data.json", "--quiet")
     assert code == 0
     assert json.loads(out)["num_questions"] == 1
-    assert (model_folder / "eval/predictions.jsonl").is_file()
+    assert (model_folder / "eval/data/predictions.jsonl").is_file()
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_model_and_prompt(name, built):
     assert model.config.num_placeholders == processor.num_placeholders == num_tokens
     encoded = encode(processor, TALK)
     assert encoded.input_ids.count(model.config.image_token_id) == num_tokens
-    prompt = encode_prompt(processor, TALK[:1])
+    prompt = encode_prompt(processor, TALK[:-1])
     assert encoded.input_ids[: len(prompt)] == prompt
     learned = [label for label in encoded.labels if label != -100]
     said = processor.tokenizer.decode(learned)
