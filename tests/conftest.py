@@ -12,12 +12,11 @@ from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from typed import check_types
 
 import acformer.connectors
 from acformer.connectors import Connector, Geometry
-from acformer.vision.families import ENCODERS
 from acformer.vision.features import VisionFeatures
 
 settings.register_profile("acformer", deadline=None, derandomize=True, database=None)
@@ -35,7 +34,7 @@ _typed = [
 ]
 check_types(*map(import_module, _typed))
 
-FAMILIES = [name for name in ENCODERS if name in CONFIG_MAPPING]  # an older transformers may lack some
+FAMILIES = tiny.ENCODERS
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,

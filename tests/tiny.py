@@ -49,7 +49,8 @@ def small_options(connector: str) -> dict[str, Any]:
 
 
 CONNECTORS: dict[str, dict[str, Any]] = {name: small_options(name) for name in list_connectors()}
-ENCODERS = [name for name in families.ENCODERS if name in CONFIG_MAPPING]  # an older transformers may lack some
+# An older transformers may lack some.
+ENCODERS = [n for n in families.ENCODERS if n in CONFIG_MAPPING and CONFIG_MAPPING[n] in AutoModel._model_mapping]
 WITH_ROW = [name for name in ENCODERS if families.ENCODERS[name].prefix or families.ENCODERS[name].probe]
 OF_ANY_SIZE = [name for name in ENCODERS if families.ENCODERS[name].inputs is not families.own_size]
 

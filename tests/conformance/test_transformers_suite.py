@@ -77,7 +77,7 @@ class TestModelWithClip(modeling.ModelTesterMixin, unittest.TestCase):
         for table, name in TABLES.items():
             self.enterContext(patch.dict(getattr(modeling_auto, table), acformer=name))
         if self._testMethodName in LENIENT:
-            self.enterContext(patch("acformer.hf.pretrained_acformer._refuse_wrong_keys"))
+            self.enterContext(patch("acformer.hf.modeling_acformer._refuse_wrong_keys"))
 
     @pytest.mark.skip(reason="the tapped block's private config names our attention function; see test_modeling.py")
     def test_attn_implementation_composite_models(self) -> None: ...
@@ -99,7 +99,7 @@ class TestConfig(unittest.TestCase):
 
 class TestProcessor(processing.ProcessorTesterMixin, unittest.TestCase):
     processor_class = AcFormerProcessor
-    options: ClassVar[dict[str, Any]] = {"num_visual_tokens": 5}
+    options: ClassVar[dict[str, Any]] = {"num_placeholders": 5}
 
     @classmethod
     def _setup_from_components(cls) -> AcFormerProcessor:
@@ -109,5 +109,5 @@ class TestProcessor(processing.ProcessorTesterMixin, unittest.TestCase):
     def prepare_processor_dict(cls) -> dict[str, Any]:
         return cls.options
 
-    @pytest.mark.skip(reason="num_visual_tokens is the connector's, and may be another in any one call")
+    @pytest.mark.skip(reason="num_placeholders is the connector's, and may be another in any one call")
     def test_call_arguments_not_in_attributes(self) -> None: ...
