@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     BatchFeature,
     LlavaImageProcessorPil,
     PreTrainedConfig,
