@@ -25,7 +25,11 @@ from acformer.vision.features import VisionFeatures
 from acformer.vision.load import pixel_statistics
 
 FOLDERS = ("clip_vision_model", "dinov2")  # the weights of the second have other names on disk than in memory
-TWO_TOWERS = ("chinese_clip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2")
+TWO_TOWERS = [
+    kind
+    for kind in ("chinese_clip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2")
+    if f"{kind}_vision_model" in tiny.ENCODERS
+]
 TEXT = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99}
 
 
