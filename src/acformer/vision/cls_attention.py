@@ -49,9 +49,7 @@ def _attention_of_cls(tower: PreTrainedModel) -> Any:
     """The module of whose first query the row is wanted, None where there is neither a [CLS] nor a probe."""
     family = encoder_family(tower.config)
     if family.probe is not None:
-        # transformers < 5.19 builds SigLIP's head also where the config says that there is none.
-        has_head = tower.config.to_dict().get("vision_use_head", True)
-        return dict(tower.named_modules()).get(family.probe) if has_head else None
+        return dict(tower.named_modules()).get(family.probe)
     if num_prefix_tokens(tower.config) == 0:
         return None
     blocks: Any = tower.get_submodule(family.blocks)
