@@ -58,6 +58,8 @@ def make_tower() -> Callable[..., PreTrainedModel]:
     def make(family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **fields: Any) -> PreTrainedModel:
         torch.manual_seed(seed)
         config = tiny.vision_config(family, **{**TINY, **fields})
+        if "vision_use_head" in fields:  # an older transformers has no such field, but obeys it
+            config.vision_use_head = fields["vision_use_head"]
         tower = AutoModel.from_config(config, attn_implementation=attn_implementation).eval()
         with torch.no_grad():
             for parameter in tower.parameters():  # fresh weights are so small that every patch looks the same
