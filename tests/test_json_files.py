@@ -17,7 +17,10 @@ from acformer.data.skip_log import SkipLog
 from acformer.errors import DataError
 
 TEXT = st.text(alphabet='ab"\\{}[],\n é<image>', max_size=12)
-VALUES = st.recursive(TEXT | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
+VALUES = st.recursive(
+    TEXT | st.integers() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+)
 
 
 @pytest.fixture(autouse=True)

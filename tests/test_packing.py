@@ -133,7 +133,9 @@ def test_all_in_one_row_for_a_kernel_of_varying_lengths(batches):
 def test_a_language_model_that_would_mix_samples_is_refused(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {family}")
-    with pytest.raises(UsageError, match=r"^packing: .*(would see the one before it|does not number).*leave packing out"):
+    with pytest.raises(
+        UsageError, match=r"^packing: .*(would see the one before it|does not number).*leave packing out"
+    ):
         check_packing(model_of(family, "eager", **NOT_APART[family]))
 
 

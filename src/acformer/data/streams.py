@@ -99,9 +99,9 @@ class Stream(Samples):
         while True:
             shuffled.set_epoch(epoch)
             is_empty = True
-            for row in shuffled:
+            for batch in shuffled.iter(batch_size=1):  # iterating plainly would split the rows among workers
                 is_empty = False
-                yield row
+                yield {name: values[0] for name, values in batch.items()}
             if is_empty:
                 raise SourceError(f"{self.entries[number].path} holds no rows")
             epoch += 1

@@ -198,8 +198,7 @@ def recipe_texts(recipe: Recipe) -> Iterator[str]:
     for spec in (recipe.pretrain, recipe.finetune):
         if spec is not None:
             skip_log = SkipLog(max_bad_fraction=spec.max_bad_fraction)
-            whole = replace(spec, max_samples=None)
-            for sample in _open(whole, recipe.seed, skip_log):
+            for sample in _open(replace(spec, max_samples=None), recipe.seed, skip_log):
                 for message in sample.messages:
                     yield from split_at_images(message)
 
