@@ -39,17 +39,18 @@ def file_key(path: Path) -> str:
 def indexed(path: Path, kind: str, build: Callable[[], tuple[Arrays, dict[str, Any]]]) -> tuple[Arrays, dict[str, Any]]:
     """The arrays and facts that `build` gives of a file, made once."""
     folder = cache_dir() / "data" / f"{file_key(path)}-{kind}"
-    if not (folder / "facts.json").exists():
-        arrays, facts = build()
-        try:
-            with _alone(folder), whole_folder(folder) as part:
-                for name, array in arrays.items():
-                    np.save(part / f"{name}.npy", array)
-                (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        except OSError:  # a full disk, or one that cannot be written
-            return arrays, facts
-    arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-    return arrays, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    try:
+        with _alone(folder):
+            if not (folder / "facts.json").exists():
+                with whole_folder(folder) as part:
+                    arrays, facts = build()
+                    for name, array in arrays.items():
+                        np.save(part / f"{name}.npy", array)
+                    (part / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+            return arrays, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    except OSError:  # a full disk, or one that cannot be written
+        return build()
 
 
 def unpacked(path: Path) -> Path:
@@ -58,14 +59,15 @@ def unpacked(path: Path) -> Path:
     import zlib
 
     plain = cache_dir() / "data" / f"{file_key(path)}-unpacked.json"
-    if not plain.exists():
-        try:
-            with _alone(plain), gzip.open(path) as packed, whole_file(plain) as part, part.open("wb") as file:
-                shutil.copyfileobj(packed, file, 2**20)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path} is damaged: {error}") from error
-        except OSError as error:
-            raise DataError(f"cannot unpack {path} into {plain.parent}: {error.strerror}") from error
+    try:
+        with _alone(plain):
+            if not plain.exists():
+                with gzip.open(path) as packed, whole_file(plain) as part, part.open("wb") as file:
+                    shutil.copyfileobj(packed, file, 2**20)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot unpack {path} into {plain.parent}: {error.strerror}") from error
     os.utime(plain, ns=(path.stat().st_mtime_ns,) * 2)  # the index of what is unpacked is then known again, too
     return plain
 

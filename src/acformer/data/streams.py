@@ -7,6 +7,7 @@ worker reads all of it and encodes its share.
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -46,6 +47,7 @@ class Stream(Samples):
         self.roots = [ImageRoot(entry.image_root or beside(entry)) for entry in entries]
         self._rows: Iterator[tuple[int, Any]] | None = None
         self._next = 0
+        self._process = 0  # in which the rows were opened: a forked worker opens its own
 
     def __len__(self) -> int:
         return self.num_rows
@@ -56,8 +58,8 @@ class Stream(Samples):
         Raises:
             SourceError: the stream broke off.
         """
-        if self._rows is None or index < self._next:
-            self._rows, self._next = self._endless(), 0
+        if self._rows is None or index < self._next or self._process != os.getpid():
+            self._rows, self._next, self._process = self._endless(), 0, os.getpid()
         try:
             for _ in range(index - self._next):
                 next(self._rows)

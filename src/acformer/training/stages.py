@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from acformer.data.chat_format import check_template
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
-from acformer.data.datasets import open_samples
+from acformer.data.datasets import named_dataset, open_samples
 from acformer.data.entries import data_entries, data_title
 from acformer.data.mixture import Mixture
 from acformer.data.samples import Sample
@@ -104,9 +104,12 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
 def _check_stage(spec: StageSpec, seed: int) -> None:
     """What can be told of a stage before anything is built."""
     check_arguments(spec, seed)
-    samples = _open(spec, seed, skip_log := SkipLog(max_bad_fraction=1.0))
+    drops = spec.training.get("dataloader_drop_last", False)
+    is_named = all(named_dataset(entry.path) for entry in data_entries(spec.data))  # one that may have to be made
+    few = spec if drops or not is_named else replace(spec, max_samples=1)
+    samples = _open(few, seed, skip_log := SkipLog(max_bad_fraction=1.0))
     look_through(samples, data_title(spec.data), skip_log)
-    if not spec.training.get("dataloader_drop_last", False):
+    if not drops:
         return
     rows = spec.training.get("per_device_train_batch_size", 8) * PartialState().num_processes
     if len(ConversationDataset(samples, None, group=spec.group)) < rows:
