@@ -65,11 +65,12 @@ class Table(Records):
 
     def lengths(self, num_placeholders: int) -> np.ndarray:
         """See `Samples`: of bytes in the columns of text."""
-        found = [np.zeros(0, np.int64)]
+        found: list[np.ndarray] = []
         names = [name for name in self.rows.column_names if name in (*TEXTS, "image", "images")]
         for batch in self.rows.select_columns(names).iter(batch_size=4096):
-            text = sum((_text_bytes(batch[name].combine_chunks()) for name in names if name in TEXTS), 0)
-            images = sum((_count(batch[name].combine_chunks()) for name in names if name not in TEXTS), 0)
+            nothing = np.zeros(len(batch), np.int64)
+            text = sum((_text_bytes(batch[name].combine_chunks()) for name in names if name in TEXTS), nothing)
+            images = sum((_count(batch[name].combine_chunks()) for name in names if name not in TEXTS), nothing)
             found.append(num_placeholders * images + text // 4)
         return np.concatenate([*found, np.zeros(len(self.broken), np.int64)])
 
