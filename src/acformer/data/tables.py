@@ -108,7 +108,10 @@ def open_table(entry: Entry) -> Table:
 
 def open_stream(entry: Entry) -> Any:
     """An `IterableDataset` of undecoded rows; errors as `open_table`."""
-    path, library = Path(entry.path).expanduser(), hf_datasets(entry.path)
+    path = Path(entry.path).expanduser()
+    if path.is_file() and not _begins_as_parquet(path):
+        raise UsageError(f"{path} is read where it lies, a record at a time: leave streaming out")
+    library = hf_datasets(entry.path)
     with _reading(entry):
         if path.exists() and not parquet_files(path):
             rows = _split_of(library.load_from_disk(str(path)), entry).to_iterable_dataset()
@@ -120,6 +123,11 @@ def open_stream(entry: Entry) -> Any:
     if rows.column_names is not None:
         rows = chosen_columns(rows, entry.path)
     return rows if rows.features is None else rows.decode(False)
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def parquet_files(path: Path) -> list[Path]:
