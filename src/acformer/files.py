@@ -75,7 +75,7 @@ def flush_to_disk(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """One process or thread at a time; the system frees the lock of a process that dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -93,6 +93,8 @@ def only_process(path: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
+            if fcntl is None:
+                file.close()  # Windows removes no file that is open
             path.unlink(missing_ok=True)
             file.close()
             if not any(path.parent.iterdir()):
@@ -102,7 +104,7 @@ def only_process(path: Path) -> Iterator[None]:
 def _lock_file(path: Path) -> IO[str] | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     except OSError:
         return None
     try:

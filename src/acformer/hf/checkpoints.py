@@ -127,7 +127,8 @@ def model_folder(name: str) -> str:
 def _check_path(name: str) -> None:
     """`CheckpointError` for a misspelt local path, before the hub is asked for a model of that name."""
     path = Path(name)
-    is_path = name.count("/") > 1 or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
+    parts = name.replace("\\", "/")
+    is_path = parts.count("/") > 1 or parts.startswith((".", "~")) or ("/" in parts and path.parent.is_dir())
     if is_path and not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = get_close_matches(path.name, siblings, n=1)

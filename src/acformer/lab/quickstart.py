@@ -1,7 +1,6 @@
 """`acformer quickstart`: from nothing to answers about images, and a report that says what it took."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.checkpoints import load_model
 from acformer.images import load_image
+from acformer.provenance import peak_resident_bytes
 from acformer.training.recipe import load_recipe
 from acformer.training.stages import train
 from acformer.viz import draw_anchors, find_anchors
@@ -45,7 +45,7 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
         **scores,
         "seconds": round(sum(seconds for phase, seconds in phases.items() if phase != "fetch"), 1),
         "seconds_per_phase": {phase: round(seconds, 1) for phase, seconds in phases.items()},
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_gib": round(peak_resident_bytes() / 2**30, 2),
         "model": str(folder),
         "predictions": str(out / "predictions.jsonl"),
         "asked": shown,
