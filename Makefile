@@ -42,9 +42,10 @@ test-benchmarks: $(VENV)/.dev
 test-conformance: $(VENV)/.dev
 	$(BIN)/pytest -n auto -m conformance
 
-# The lower end of the supported transformers range, in an environment of its own; the upper one is constraints.txt's.
-test-compat: $(VENV)-compat-5.16.1/.compat
-	$(VENV)-compat-5.16.1/bin/pytest -n auto $(COMPAT_TESTS)
+# Both ends of the supported transformers range, each in an environment of its own; constraints.txt is between them.
+COMPAT := 5.16.1 5.24.0
+test-compat: $(COMPAT:%=$(VENV)-compat-%/.compat)
+	for version in $(COMPAT); do $(VENV)-compat-$$version/bin/pytest -n auto $(COMPAT_TESTS) || exit 1; done
 
 COMPAT_TESTS := tests/test_anchors.py tests/test_cls_attention.py tests/test_vision.py tests/test_connectors.py \
 	tests/test_convert.py tests/test_modeling.py tests/test_processing.py tests/test_conversation.py tests/test_train.py \

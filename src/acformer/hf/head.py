@@ -6,7 +6,7 @@ in the place of its body.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from acformer.errors import UsageError
+from acformer.hf.cache_name import CACHE
 
-REQUIRED = {"inputs_embeds", "attention_mask", "past_key_values"}
+REQUIRED = {"inputs_embeds", "attention_mask", CACHE}
 """What the body of a language model must take: visual tokens among the embeddings, padding, a KV cache."""
 
 
@@ -71,17 +72,11 @@ class LanguageModelHead:
         return f"model.language_model.{rest}" if part == self.body else name
 
 
-@dataclass
-class _Hidden(ModelOutput):
-    """What any body returns, of which a head wants the first."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
-    shared_kv_states: Any = None
+RETURNED = (
+    "last_hidden_state", CACHE, "hidden_states", "attentions", "cross_attentions", "router_logits", "shared_kv_states",
+)  # fmt: skip
+_Hidden = make_dataclass("_Hidden", [(name, Any, None) for name in RETURNED], bases=(ModelOutput,))
+"""What any body returns, of which a head wants the first."""
 
 
 class _LanguageModel:
@@ -98,7 +93,7 @@ class _Body:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def __call__(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Hidden:
+    def __call__(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> ModelOutput:
         return _Hidden(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:

@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
+from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.hf.head import LanguageModelHead
@@ -27,7 +28,7 @@ from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
 
-KEPT = ("last_hidden_state", "past_key_values", "hidden_states", "attentions")
+KEPT = ("last_hidden_state", CACHE, "hidden_states", "attentions")
 """What of a language model's output is passed on; some have more (BERT's `pooler_output`)."""
 BODY = ("model.", "vision_tower.", "connector.", "language_model.", "fusion.")
 """How the weights begin that are not the head's, in the checkpoint of a whole model and in `AcFormerModel`'s own."""
@@ -54,7 +55,7 @@ class AcFormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -221,10 +222,12 @@ class AcFormerModel(AcFormerPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
         cross_attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> AcFormerModelOutput:
         """Images to visual tokens, then the language model with these in its sequence or beside it (see `fusion`).
 
+        past_key_values, cache: one thing under the names of older and newer versions of transformers.
         cross_attention_states, cross_attention_mask: what `images_by_row` gave, for a fusion that reads the images at
         every step, in place of the images.
         """
@@ -251,8 +254,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
         output = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values if cache is None else cache},
             **told,
             **kwargs,
         )
@@ -331,7 +334,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
     ) -> Any:
         """As transformers', and two more ways to give the images; image tokens without images are refused.
 
-        Under `concat`, those that `past_key_values` hold need no images again.
+        Under `concat`, those that `past_key_values` (or `cache`, its newer name) hold need no images again.
 
         Args:
             vision_features: encoder output instead of `pixel_values` (see `AcFormerModel.get_image_features`).
@@ -349,7 +352,9 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
                 output = self.get_image_features(pixels, vision_features=vision_features, num_visual_tokens=budget)
             kwargs["mm_encoder_outputs"] = {"image": output}
         given = kwargs.get("mm_encoder_outputs")
-        ids, cache = kwargs.get("input_ids", inputs), kwargs.get("past_key_values")
+        if (cache := given_cache(kwargs)) is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in (OLD, NEW)} | {CACHE: cache}
+        ids = kwargs.get("input_ids", inputs)
         embeds: Any = kwargs.get("inputs_embeds")
         if ids is None and embeds is None:
             return super().generate(inputs, *args, **kwargs)
@@ -406,6 +411,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
         cross_attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> AcFormerCausalLMOutput:
         """Logits and, with labels, the loss.
@@ -417,7 +423,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
                 `num_items_in_batch` when the trainer passes it.
             vision_features: encoder output instead of `pixel_values` (see `get_image_features`).
             num_visual_tokens: T for this call, where the connector is elastic; under `concat` the prompt holds as many.
-            cross_attention_states, cross_attention_mask: see `AcFormerModel.forward`.
+            cross_attention_states, cross_attention_mask, cache: see `AcFormerModel.forward`.
             supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
                 without the other rows of the vocabulary's product, and without a KV cache: for training.
 
@@ -431,7 +437,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             num_visual_tokens=num_visual_tokens,
