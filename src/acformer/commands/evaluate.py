@@ -46,6 +46,9 @@ def run(arguments: argparse.Namespace) -> str:
         max_new_tokens=arguments.max_new_tokens or 16,
         progress=not arguments.quiet,
     )
+    from acformer.evaluate.card_scores import record_scores
+
+    record_scores(arguments.model, scores)
     sys.stderr.write(f"predictions: {out / 'predictions.jsonl'}\n")
     return json.dumps(scores, indent=1)
 
@@ -83,5 +86,9 @@ def _benchmark(arguments: argparse.Namespace) -> str:
         protocol=arguments.protocol,
         progress=not arguments.quiet,
     )
+    from acformer.evaluate.card_scores import record_scores
+
+    for result in results:
+        record_scores(arguments.model, result)
     sys.stderr.write(f"predictions and scores: {out}\n")
     return "\n\n".join([*map(score_text, results[:1]), budget_table(results)]) if results else ""

@@ -29,6 +29,7 @@ from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.head import LanguageModelHead
 from acformer.hf.processing_acformer import IMAGE_TOKEN
+from acformer.hf.public_names import public_name
 from acformer.untrusted import load_config
 from acformer.vision.encoder import truncate
 from acformer.vision.load import load_tower, loading, pixel_statistics
@@ -69,8 +70,7 @@ def build_model(
     Raises:
         CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
     """
-    weights_dtype = parse_dtype(dtype)
-    tower = load_tower(vision, weights_dtype)
+    tower = load_tower(vision, weights_dtype := parse_dtype(dtype))
     if isinstance(text, str):
         tokenizer, language_model = _pretrained_text(resolve(text), weights_dtype)
     else:
@@ -96,8 +96,15 @@ def build_model(
         num_placeholders=config.num_placeholders,
         fusion=config.fusion,
     )
+    _note_names(model.config, vision, text)
     _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
     return model, processor
+
+
+def _note_names(config: AcFormerConfig, vision: str, text: str | dict) -> None:
+    """What the model is made of, for its card; `embedded:` names as they are given, not where they lie."""
+    config.vision_config._name_or_path = public_name(vision)
+    config.text_config._name_or_path = public_name(text) if isinstance(text, str) else ""
 
 
 def _set_end_tokens(

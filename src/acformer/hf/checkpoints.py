@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written beside, checksummed, renamed; refused when damaged.
 
 safetensors has no checksum and a killed save leaves half a folder, so every folder that we write carries
-`manifest.json`: the size and sha256 of each of its files. It is written last.
+`manifest.json`: the size and sha256 of each of its files but the card. It is written last.
 """
 
 import json
@@ -22,6 +22,7 @@ from acformer.files import file_sha256, flush_to_disk, partial_path, whole_file,
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.adapters import adapter_base, merged
 from acformer.hf.processing_acformer import check_processor
+from acformer.hf.publish import CARD
 from acformer.untrusted import refuse_files_outside
 from acformer.vision.load import loading
 
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Describe every file of `folder`; the manifest itself appears in one step, after all of them are on disk."""
+    """Describe every file of `folder` but the card, which people edit; the manifest appears in one step, after them."""
     entries = {}
     with whole_file(folder / MANIFEST) as part:
         part.touch()
@@ -38,6 +39,8 @@ def write_manifest(folder: Path) -> None:
             path.chmod(mode)
             flush_to_disk(path)
             name = path.relative_to(folder).as_posix()
+            if name == CARD:
+                continue
             entries[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
         part.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 

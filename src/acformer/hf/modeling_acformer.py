@@ -8,6 +8,7 @@ visual tokens that may stand beside the text.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,10 +21,13 @@ from transformers.utils.generic import can_return_tuple
 
 from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
+from acformer.files import write_text
+from acformer.hf.auto_map import IS_INSTALLED, write_modules
 from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.hf.head import LanguageModelHead
+from acformer.hf.publish import CARD, Published, card_of, fingerprint
 from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
@@ -48,7 +52,7 @@ class AcFormerCausalLMOutput(CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
-class AcFormerPreTrainedModel(PreTrainedModel):
+class AcFormerPreTrainedModel(Published, PreTrainedModel):
     """What transformers needs to know about our modules: what they support, how they are initialised."""
 
     config: AcFormerConfig
@@ -89,7 +93,19 @@ class AcFormerPreTrainedModel(PreTrainedModel):
         model, report = super().from_pretrained(name, *args, **kwargs)
         if strict:
             _refuse_wrong_keys(cls, name, report, shapes_may_differ)
+        model.loaded_card = card_of(model, name)
         return (model, report) if want_report else model
+
+    def _complete(self, folder: Path) -> None:
+        """The card with which these very weights were loaded, or a new one; none beside an adapter alone."""
+        write_modules(folder)
+        card = getattr(self, "loaded_card", {})
+        if card and card["weights"] == fingerprint(self):
+            write_text(folder / CARD, card["text"])
+        elif IS_INSTALLED and not getattr(self, "_hf_peft_config_loaded", False):
+            from acformer.hf.card import write_card
+
+            write_card(folder, self.config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -447,8 +463,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        rest = dict(output)
-        hidden = rest.pop("last_hidden_state")[:, kept, :]
+        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :]
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
         logits = self.head(self, hidden)

@@ -13,14 +13,16 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from acformer.errors import CheckpointError
+from acformer.hf.auto_map import AUTO_MAP
 from acformer.hf.fusion import FUSIONS
+from acformer.hf.publish import Published
 from acformer.images import load_image
 
 IMAGE_TOKEN = "<image>"
 logger = logging.getLogger("acformer")
 
 
-class AcFormerProcessor(ProcessorMixin):
+class AcFormerProcessor(Published, ProcessorMixin):
     """An image processor, a tokenizer that knows `<image>`, a chat template, and T.
 
     `num_placeholders` comes from the config's (the connector's T; 1 where `fusion` is not `concat`) and is saved with
@@ -45,6 +47,7 @@ class AcFormerProcessor(ProcessorMixin):
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no {image_token!r} token; add it as a special token first")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
     def __call__(
         self, images: Any = None, text: Any = None, *, num_visual_tokens: int | None = None, **kwargs: Any

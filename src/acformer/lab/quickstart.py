@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acformer.data.sources import Sample
+from acformer.evaluate.card_scores import record_scores
 from acformer.evaluate.generate import ask
 from acformer.evaluate.report import evaluate, evaluation_samples, question_text
 from acformer.fetch.embedded import fetch
@@ -39,6 +40,7 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
     with _timed(phases, "evaluate"):
         parts = load_model(str(folder))
         scores = evaluate(parts, "easy-vqa", out, limit=limit, progress=progress)
+        record_scores(str(folder), scores)
     with _timed(phases, "ask and draw"):
         shown = [_show(parts, sample, out) for sample in _three(evaluation_samples("easy-vqa", limit))]
     report = {

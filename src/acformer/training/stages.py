@@ -34,6 +34,7 @@ from acformer.training import run_folder
 from acformer.training.arguments import check_arguments, fitting, training_arguments
 from acformer.training.elastic import ElasticBudget, elastic_choices
 from acformer.training.failures import explained
+from acformer.training.model_card import write_training_card
 from acformer.training.progress import ProgressLines, announced, is_terminal
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.trainer import AcFormerTrainer, check_modules, freeze
@@ -92,6 +93,8 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
         trainer.complete = partial(_complete_checkpoint, parts[1], skip_log, data)
         _run(trainer, checkpoint, parts[1], folder)
         logger.info("stage %s: %d records read, %d skipped", stage, skip_log.offered, skip_log.skipped)
+        if run_folder.is_first_process():
+            write_training_card(folder, parts[0].config, recipe, stage)
         logger.info("stage %s: model saved in %s", stage, folder)
     return folder
 
