@@ -24,7 +24,8 @@ test-embedded: $(VENV)/.dev
 	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs
 	$(BIN)/pytest -m embedded
 
-# The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook.
+# The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook, ONNX,
+# quantised models.
 test-extras: $(VENV)-extras/.extras
 	$(VENV)-extras/bin/pytest -m extras --ignore tests/conformance
 
@@ -103,7 +104,7 @@ $(VENV)-compat-%/.compat: pyproject.toml constraints.txt
 	@touch $@
 
 EXTRAS_PINS := torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping|$\
-	ftfy|gradio|ipykernel|nbclient|nbformat|playwright
+	ftfy|gradio|ipykernel|nbclient|nbformat|playwright|onnx[a-z-]*|bitsandbytes|torchao|optimum-quanto
 
 # gradio wants an older Pillow than we test with, and timm a torchvision that nothing here imports.
 $(VENV)-extras/.extras: pyproject.toml constraints.txt
@@ -113,6 +114,8 @@ $(VENV)-extras/.extras: pyproject.toml constraints.txt
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-extras/constraints.txt \
 		-e '.[test-extras]' ftfy
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
+	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check --no-deps -c $(VENV)-extras/constraints.txt \
+		bitsandbytes torchao optimum-quanto ninja
 	@touch $@
 
 # It asks for torchvision and thirty more; for images these are enough, and what `pip check` says does no harm.

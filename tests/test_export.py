@@ -158,3 +158,126 @@ def test_parts_of_other_packages_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(CONNECTORS, "elsewhere", Elsewhere)
     folder = save(tiny.model("elsewhere", connector_kwargs={}), tmp_path / "model")
     assert main(["export", str(folder), "--out", str(tmp_path / "x")]) == 2
+
+
+# Graphs
+
+
+def exported(tmp_path, *options: str, model=None) -> Path:
+    model = tiny.model() if model is None else model
+    model.save_pretrained(tmp_path / "model")
+    tiny.processor(model.config.num_placeholders, fusion=model.config.fusion).save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "graphs"), *options]) == 0
+    return tmp_path / "graphs"
+
+
+def runner(path: Path):
+    """A graph as a function of tensors."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    names = [one.name for one in session.get_inputs()]
+    return lambda *inputs: torch.from_numpy(
+        session.run(None, dict(zip(names, [i.numpy() for i in inputs], strict=True)))[0]
+    )
+
+
+def assert_answers_alike(folder: Path, suffix: str, model, prompt: str, images: list, num_tokens: int) -> None:
+    """Vision, embedding and language model one after the other, as docs/export.md says."""
+    inputs = tiny.processor(num_tokens)(images, prompt, return_tensors="pt")
+    tokens = runner(folder / f"vision.{suffix}")(inputs["pixel_values"])
+    embeds = runner(folder / f"embed_tokens.{suffix}")(inputs["input_ids"]).clone()
+    places = inputs["input_ids"] == json.loads((folder / "graphs.json").read_text())["image_token_id"]
+    embeds[places] = tokens.flatten(0, 1)
+    logits = runner(folder / f"language_model.{suffix}")(embeds, inputs["attention_mask"])
+    with torch.no_grad():
+        wanted = model(**inputs, num_visual_tokens=num_tokens).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_a_graph_of_torch(tokens, tmp_path):
+    model = tiny.model()
+    chosen = [] if tokens is None else ["--tokens", str(tokens)]
+    folder = exported(tmp_path, "--format", "torch", "--part", "all", *chosen, model=model)
+    assert verify_folder(folder) is None
+    described = json.loads((folder / "graphs.json").read_text())
+    assert (described["num_visual_tokens"], described["num_vision_tokens"]) == (tokens or 5, 17)
+    two = "USER: <image> and <image>\nWhich? ASSISTANT:"
+    assert_answers_alike(folder, "pt2", model, two, tiny.pictures([3, 4]), tokens or 5)
+
+
+def test_what_no_graph_can_be_made_of(tmp_path, capsys):
+    folder = save(tiny.model("mlp"), tmp_path / "model")
+    out = str(tmp_path / "x")
+    assert main(["export", str(folder), "--format", "torch", "--out", out, "--tokens", "3"]) == 2
+    assert "always gives 16 tokens" in capsys.readouterr().err
+    gated = tiny.model(fusion="gated_cross_attention")
+    gated.save_pretrained(tmp_path / "gated")
+    tiny.processor(1, fusion="gated_cross_attention").save_pretrained(tmp_path / "gated")
+    assert main(["export", str(tmp_path / "gated"), "--format", "torch", "--part", "all", "--out", out]) == 2
+    assert "export --part vision" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    folder = save(tiny.model(), tmp_path / "model")
+    monkeypatch.setattr("acformer.export.graph.find_spec", lambda name: None)
+    assert main(["export", str(folder), "--format", "onnx", "--out", str(tmp_path / "x")]) == 2
+    assert "pip install 'acformer[export]'" in capsys.readouterr().err
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("acformer.export.graph._read_torch", lambda graph, path: lambda *x: graph.module(*x) + 0.01)
+    folder = save(tiny.model(), tmp_path / "model")
+    assert main(["export", str(folder), "--format", "torch", "--out", str(tmp_path / "x")]) == 2
+    assert "differs from the model by" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+ONNX = pytest.mark.filterwarnings("ignore:.*")
+
+
+@pytest.mark.extras
+@ONNX
+@pytest.mark.parametrize("name", tiny.CONNECTORS)
+def test_onnx_of_every_connector(name, tmp_path):
+    """Compared with the model by the export itself, at two other batches."""
+    pytest.importorskip("onnxruntime")
+    folder = exported(tmp_path, "--format", "onnx", model=tiny.model(name))
+    assert (folder / "vision.onnx").exists()
+
+
+@pytest.mark.extras
+@ONNX
+def test_onnx_of_a_whole_model_at_another_budget(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = tiny.model(vision="siglip_vision_model", connector_kwargs=tiny.small_options("acformer"))
+    folder = exported(tmp_path, "--format", "onnx", "--part", "all", "--tokens", "7", model=model)
+    assert_answers_alike(folder, "onnx", model, ASK, [tiny.picture(5)], 7)
+
+
+@pytest.mark.extras
+@ONNX
+@pytest.mark.parametrize("selector", ["anchors", "cls_topk", "diverse", "grid", "norm"])
+def test_onnx_chooses_the_same_patches(selector, tmp_path):
+    """Also where many scores are equal: the lower index goes first there, too."""
+    pytest.importorskip("onnxruntime")
+    from acformer.anchors.selectors import SELECTORS
+    from acformer.vision.features import VisionFeatures
+
+    class Choice(torch.nn.Module):
+        def forward(self, tokens, row):
+            return SELECTORS[selector](VisionFeatures(tokens, row, (4, 4), 1), 6)
+
+    batch = torch.export.Dim("batch")
+    example = torch.randn(2, 17, 8), torch.rand(2, 4, 16).softmax(-1)
+    made = torch.onnx.export(
+        Choice(), example, dynamo=True, dynamic_shapes={"tokens": {0: batch}, "row": {0: batch}}, verbose=False
+    )
+    made.save(tmp_path / "choice.onnx")
+    tied = torch.randint(3, (5, 4, 16), generator=torch.Generator().manual_seed(1)).float() / 4
+    for tokens, row in ((torch.randn(5, 17, 8), torch.rand(5, 4, 16)), (torch.randn(5, 17, 8), tied)):
+        assert torch.equal(runner(tmp_path / "choice.onnx")(tokens, row), Choice()(tokens, row))
