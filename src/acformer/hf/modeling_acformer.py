@@ -28,6 +28,7 @@ from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.hf.head import LanguageModelHead
 from acformer.hf.publish import CARD, Published, card_of, fingerprint
+from acformer.hf.skipped_modules import with_full_names
 from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
@@ -87,6 +88,8 @@ class AcFormerPreTrainedModel(Published, PreTrainedModel):
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("trust_remote_code", False)
+        if "quantization_config" in kwargs:
+            kwargs["quantization_config"] = with_full_names(kwargs["quantization_config"])
         if name is not None:
             refuse_files_outside(name)
         kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
@@ -126,7 +129,8 @@ class AcFormerPreTrainedModel(Published, PreTrainedModel):
         with torch.device("cpu"):
             built = _tensors(build_connector(self.config.connector, connector.geometry, **self.config.connector_kwargs))
         for name, value in waiting.items():
-            init.copy_(value, built[name])
+            if name in built:  # a quantised layer has buffers of its own
+                init.copy_(value, built[name])
 
 
 def _tensors(connector: Connector) -> dict[str, Tensor]:

@@ -105,8 +105,12 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def card_of(model: torch.nn.Module, folder: str | os.PathLike | None) -> Mapping[str, str]:
-    """The card in the folder that a model was loaded from, and by which weights it is known; nothing without one."""
+    """The card in the folder that a model was loaded from, and by which weights it is known; nothing without one.
+
+    Nothing of a quantised model either, which is another than the card is about.
+    """
     path = Path(folder or "", CARD)
-    if folder is None or not path.is_file() or any(weight.is_meta for weight in model.parameters()):
+    is_other = getattr(model, "is_quantized", False) or any(weight.is_meta for weight in model.parameters())
+    if folder is None or not path.is_file() or is_other:
         return {}
     return {"text": path.read_text(encoding="utf-8", errors="replace"), "weights": fingerprint(model)}
