@@ -1,6 +1,8 @@
-"""447,793 made-up answers and their truth in VQAv2's published layout, for the seconds in results/benchmarks: FOLDER."""
+"""447,793 made-up answers and their truth in VQAv2's published layout, to measure seconds: python ... FOLDER."""
 
-import json, random, sys
+import json
+import random
+import sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
