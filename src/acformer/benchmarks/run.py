@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from acformer.benchmarks import BENCHMARKS
@@ -29,6 +28,7 @@ from acformer.data.lengths import estimated_length
 from acformer.data.samples import Sample
 from acformer.errors import DataError, ImageError
 from acformer.evaluate.generate import answer
+from acformer.evaluate.resume import weights_fingerprint
 from acformer.files import locked, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 
@@ -36,8 +36,6 @@ Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 Line = dict[str, Any]
 SAME_LENGTH = 8
 """Prompts that differ by fewer tokens count as of one length, so that an image's questions stay together."""
-NUM_SAMPLED = 64
-"""So many values of each weight, or a few more, tell a model from another."""
 NUM_TIMED = 5
 """Questions of which the time to the first token is measured."""
 
@@ -151,7 +149,7 @@ class Job:
         settings = {
             "benchmark": self.benchmark.name,
             "model": model_name,
-            "weights": _fingerprint(self.parts[0]),
+            "weights": weights_fingerprint(self.parts[0]),
             "visual_tokens": self.visual_tokens,
             "max_new_tokens": self.max_new_tokens,
             "dtype": str(self.parts[0].dtype),
@@ -254,15 +252,6 @@ class Job:
                 continue
             times.append(1000 * (time.perf_counter() - started))
         return round(statistics.median(times[1:]), 1) if len(times) > 1 else None
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Of the weights: a model that was trained on has another."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // NUM_SAMPLED)]
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_lines(path: Path) -> dict[int, Line]:

@@ -30,7 +30,7 @@ def body_name(model: PreTrainedModel) -> str:
 
     Raises:
         UsageError: it is not a decoder of text alone that takes embeddings in place of ids and keeps a KV cache, its
-            embeddings are of another width than its hidden states, or it is an encoder (BERT) that is not set to decode.
+            embeddings are of another width than its hidden states, or an encoder (BERT) is not set to decode.
     """
     kind, config = type(model).__name__, model.config
     body_class: Any = AutoModel._model_mapping.get(type(config), nn.Module)
