@@ -4,6 +4,7 @@ The parts are ordinary Hugging Face checkpoints; what comes out is an ordinary `
 with its processor, ready to train or to save.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -35,6 +36,8 @@ from acformer.vision.load import load_tower, loading, pixel_statistics
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
+LONGEST_WORD = 256
+"""Letters without a space, or spaces, that a new tokenizer is trained on as one."""
 NEW_MODULES = ("model.connector.", "model.fusion.")
 
 
@@ -166,7 +169,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(_without_long_words(texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -175,6 +178,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Texts with such words in pieces: training takes the square of a word's length (one of 100,000 letters, hours)."""
+    long_word = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
+    for text in texts:
+        if long_word.search(text):
+            yield from (text[i : i + LONGEST_WORD] for i in range(0, len(text), LONGEST_WORD))
+        else:
+            yield text
 
 
 def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
