@@ -52,7 +52,7 @@ def test_a_tokenizer_is_learnt_from_long_words_in_seconds():
     started = time.monotonic()
     letters = "".join(random.Random(0).choices("abcdefgh", k=500_000))
     tokenizer = train_tokenizer([letters, "x " + "\n" * 50_000], 400)
-    assert time.monotonic() - started < 15, "as one word it takes minutes"
+    assert time.monotonic() - started < 15, "200,000 letters took 12 s as one word"
     assert tokenizer.decode(tokenizer("abab " + "\n" * 9)["input_ids"]) == "abab " + "\n" * 9
 
 
