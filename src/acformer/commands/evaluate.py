@@ -18,6 +18,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", default="easy-vqa", help=f"{names} (default easy-vqa)")
     sub.add_argument(
         "--root",
+        "--image-root",
+        dest="root",
         type=Path,
         help="the folder of the images; of a benchmark, that of its published files or a hub data set",
     )

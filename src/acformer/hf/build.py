@@ -6,7 +6,6 @@ with its processor, ready to train or to save.
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
@@ -25,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from acformer.data.conversation import end_tokens
 from acformer.data.templates import resolve_template
-from acformer.errors import CheckpointError, UsageError, unknown_name
+from acformer.errors import CheckpointError, UsageError, translated, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.head import LanguageModelHead
@@ -36,6 +35,8 @@ from acformer.vision.load import load_tower, loading, pixel_statistics
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
+NO_TEXT = "model.text does not describe a language model"
+"""Configs and models say in many ways that they cannot be built of its options."""
 LONGEST_WORD = 256
 """Letters without a space, or spaces, that a new tokenizer is trained on as one."""
 NEW_MODULES = ("model.connector.", "model.fusion.")
@@ -206,24 +207,14 @@ def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
             raise UsageError(f"model.text.{key} follows from the new tokenizer: leave it out (see tokenizer_vocab)")
         if key not in valid:
             raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid))
-    with _describing_text():
+    with translated(NO_TEXT, UsageError):
         return config_class(**told, **options)
-
-
-@contextmanager
-def _describing_text() -> Iterator[None]:
-    """Configs and models say in many ways that they cannot be built of these options."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"model.text does not describe a language model: {reason}") from error
 
 
 def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in FROM_TOKENIZER}
     config = new_text_config(options, **told)
-    with _describing_text():
+    with translated(NO_TEXT, UsageError):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
