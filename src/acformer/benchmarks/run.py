@@ -19,9 +19,10 @@ from tqdm import tqdm
 from acformer.benchmarks import BENCHMARKS
 from acformer.benchmarks.answers import Answer, Question
 from acformer.benchmarks.benchmark import LLAVA, Benchmark
+from acformer.benchmarks.hub import open_folder
 from acformer.benchmarks.image_files import Source, find_images
 from acformer.benchmarks.processes import Processes
-from acformer.benchmarks.records import Folder, read_json
+from acformer.benchmarks.records import read_json
 from acformer.benchmarks.score import Answered, score_answers
 from acformer.data.lengths import estimated_length
 from acformer.data.samples import Sample
@@ -29,7 +30,7 @@ from acformer.errors import DataError, ImageError
 from acformer.evaluate.generate import answer
 from acformer.files import locked, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.hf.publish import fingerprint
+from acformer.hf.publish import weights_fingerprint
 
 Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 Line = dict[str, Any]
@@ -56,7 +57,7 @@ def evaluate_benchmark(
     """Answer a benchmark at each number of visual tokens, and score the answers.
 
     Args:
-        root: the folder of its published files, images among them.
+        root: the folder of its published files, images among them; or a data set of the hub, see `hub.open_folder`.
         out: answers and scores go to `OUT/NAME[-first-LIMIT]/TOKENS-tokens`. What is there is not answered again.
         budgets: numbers of visual tokens an image; None is the model's own.
         model_name: by which answers of another model are told apart from this one's.
@@ -71,7 +72,7 @@ def evaluate_benchmark(
         UsageError: a number of visual tokens that the connector cannot give.
     """
     benchmark = BENCHMARKS[name]
-    folder = Folder(root, images=True)
+    folder = open_folder(root, images=True)
     questions = benchmark.questions(folder)[:limit]
     images = find_images(folder, questions)
     place = out / (name if limit is None else f"{name}-first-{limit}")
@@ -148,7 +149,7 @@ class Job:
         settings = {
             "benchmark": self.benchmark.name,
             "model": model_name,
-            "weights": fingerprint(self.parts[0]),
+            "weights": weights_fingerprint(self.parts[0]),
             "visual_tokens": self.visual_tokens,
             "max_new_tokens": self.max_new_tokens,
             "dtype": str(self.parts[0].dtype),

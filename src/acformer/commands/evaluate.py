@@ -16,7 +16,13 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     add_model(sub, max_new_tokens=None, tokens=numbers)
     names = "easy-vqa, openmoji-scenes[-small][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
     sub.add_argument("--data", default="easy-vqa", help=f"{names} (default easy-vqa)")
-    sub.add_argument("--root", type=Path, help="the folder of the images; of a benchmark, that of its published files")
+    sub.add_argument(
+        "--root",
+        "--image-root",
+        dest="root",
+        type=Path,
+        help="the folder of the images; of a benchmark, that of its published files or a hub data set",
+    )
     sub.add_argument("--protocol", default="llava", help="of a benchmark: llava (default), lmms-eval or official")
     sub.add_argument("--out", type=Path, help="where predictions and scores go (default: under MODEL/eval)")
     sub.add_argument("--limit", type=positive, help="only the first questions")

@@ -172,7 +172,7 @@ def _read_torch(graph: Graph, path: Path) -> Callable[..., Tensor]:
 
 def _write_onnx(graph: Graph, folder: Path) -> Path:
     path = folder / f"{graph.name}.onnx"
-    made = torch.onnx.export(
+    made: Any = torch.onnx.export(
         graph.module,
         graph.example(2, 12),
         dynamo=True,

@@ -112,10 +112,11 @@ def _rewritten(text: str) -> str:
     """With imports of the package as flat ones; only statements, not what strings hold."""
     lines = text.splitlines(keepends=True)
     for node in ast.walk(ast.parse(text)):
-        module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
-        flat = {"acformer": flat_name(module), "jaxtyping": SHAPES}.get(module.partition(".")[0])
-        if flat is not None:
-            lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"from {module} import", f"from .{flat} import", 1)
+        if isinstance(node, ast.ImportFrom) and (module := node.module):
+            flat = {"acformer": flat_name(module), "jaxtyping": SHAPES}.get(module.partition(".")[0])
+            if flat is not None:
+                old, new = f"from {module} import", f"from .{flat} import"
+                lines[node.lineno - 1] = lines[node.lineno - 1].replace(old, new, 1)
     return "".join(lines)
 
 

@@ -4,8 +4,8 @@ The parts are ordinary Hugging Face checkpoints; what comes out is an ordinary `
 with its processor, ready to train or to save.
 """
 
+import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from acformer.data.conversation import end_tokens
 from acformer.data.templates import resolve_template
-from acformer.errors import CheckpointError, UsageError, unknown_name
+from acformer.errors import CheckpointError, UsageError, translated, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.head import LanguageModelHead
@@ -36,6 +36,10 @@ from acformer.vision.load import load_tower, loading, pixel_statistics
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
+NO_TEXT = "model.text does not describe a language model"
+"""Configs and models say in many ways that they cannot be built of its options."""
+LONGEST_WORD = 256
+"""Letters without a space, or spaces, that a new tokenizer is trained on as one."""
 NEW_MODULES = ("model.connector.", "model.fusion.")
 
 
@@ -173,7 +177,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(_without_long_words(texts), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -182,6 +186,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """Texts with such words in pieces: training takes the square of a word's length (one of 100,000 letters, hours)."""
+    long_word = re.compile(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}")
+    for text in texts:
+        if long_word.search(text):
+            yield from (text[i : i + LONGEST_WORD] for i in range(0, len(text), LONGEST_WORD))
+        else:
+            yield text
 
 
 def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
@@ -200,24 +214,14 @@ def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
             raise UsageError(f"model.text.{key} follows from the new tokenizer: leave it out (see tokenizer_vocab)")
         if key not in valid:
             raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid))
-    with _describing_text():
+    with translated(NO_TEXT, UsageError):
         return config_class(**told, **options)
-
-
-@contextmanager
-def _describing_text() -> Iterator[None]:
-    """Configs and models say in many ways that they cannot be built of these options."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"model.text does not describe a language model: {reason}") from error
 
 
 def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in FROM_TOKENIZER}
     config = new_text_config(options, **told)
-    with _describing_text():
+    with translated(NO_TEXT, UsageError):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -177,4 +177,24 @@ def load_model(
                 "processor that was saved with the model"
             )
     check_processor(processor, model.config.image_size, name)
+    check_fields(model, name)
     return model.eval().to(device), processor
+
+
+def check_fields(model: AcFormerForConditionalGeneration, name: str) -> None:
+    """`CheckpointError` for fields that transformers takes as they come, and trips over at the first answer."""
+    configs = {"text_config": model.config.text_config, "vision_config": model.config.vision_config}
+    for part, config in {**configs, "generation_config": model.generation_config}.items():
+        for flag in ("return_dict", "output_hidden_states", "output_attentions"):
+            if not isinstance(getattr(config, flag, None), bool | None):
+                raise CheckpointError(f"{name}: {flag} of its {part} is {getattr(config, flag)!r}, not true or false")
+    for part, config in configs.items():
+        config.return_dict = True  # what reads its outputs asks for them by name
+        heads = getattr(config, "num_attention_heads", 1)
+        if not isinstance(heads, int) or heads < 1:
+            raise CheckpointError(f"{name}: num_attention_heads of its {part} is {heads!r}, not a number of heads")
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, token, None)
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, int | None) for one in ids):
+            raise CheckpointError(f"{name}: {token} of its generation_config is {value!r}, not the id of a token")

@@ -19,13 +19,19 @@ from acformer.hf.cache_name import CACHE
 REQUIRED = {"inputs_embeds", "attention_mask", CACHE}
 """What the body of a language model must take: visual tokens among the embeddings, padding, a KV cache."""
 
+UNFIT = {
+    "deepseek_v4": "routes tokens to experts by the ids that visual tokens do not have",
+    "minimax": "keeps a KV cache of its own kind, which generation with visual tokens does not make",
+}
+"""Language models that take embeddings, but cannot do with them alone."""
+
 
 def body_name(model: PreTrainedModel) -> str:
     """The name under which a causal language model holds what `AutoModel` gives of it: `model`, `transformer`, ...
 
     Raises:
-        UsageError: it is not a decoder of text alone that takes embeddings in place of ids and keeps a KV cache, or
-            its embeddings are of another width than its hidden states.
+        UsageError: it is not a decoder of text alone that takes embeddings in place of ids and keeps a KV cache, its
+            embeddings are of another width than its hidden states, or an encoder (BERT) is not set to decode.
     """
     kind, config = type(model).__name__, model.config
     body_class: Any = AutoModel._model_mapping.get(type(config), nn.Module)
@@ -36,6 +42,10 @@ def body_name(model: PreTrainedModel) -> str:
             f"{kind} is not a language model that can read visual tokens: that is a decoder of text alone which takes "
             "embeddings in place of ids and keeps a KV cache, as Llama, Qwen, Gemma, Phi and GPT-2 are"
         )
+    if config.model_type in UNFIT:
+        raise UsageError(f"{kind} cannot read visual tokens: it {UNFIT[config.model_type]}")
+    if getattr(config, "is_decoder", None) is False and "encoder_hidden_states" in takes:
+        raise UsageError(f"{kind} reads both ways as it is configured, so it cannot generate: set is_decoder to true")
     width = model.get_input_embeddings().weight.shape[1]
     if width != config.hidden_size:
         raise UsageError(f"{kind} has embeddings of width {width} but hidden states of width {config.hidden_size}")

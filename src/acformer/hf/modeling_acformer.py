@@ -27,7 +27,7 @@ from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.hf.head import LanguageModelHead
-from acformer.hf.publish import CARD, Published, card_of, fingerprint
+from acformer.hf.publish import CARD, Published, card_of, weights_fingerprint
 from acformer.hf.skipped_modules import with_full_names
 from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
@@ -103,7 +103,7 @@ class AcFormerPreTrainedModel(Published, PreTrainedModel):
         """The card with which these very weights were loaded, or a new one; none beside an adapter alone."""
         write_modules(folder)
         card = getattr(self, "loaded_card", {})
-        if card and card["weights"] == fingerprint(self):
+        if card and card["weights"] == weights_fingerprint(self):
             write_text(folder / CARD, card["text"])
         elif IS_INSTALLED and not getattr(self, "_hf_peft_config_loaded", False):
             from acformer.hf.card import write_card

@@ -18,7 +18,7 @@ from acformer.hf.auto_map import IS_INSTALLED, write_modules
 CARD = "README.md"
 HUB_OPTIONS = ("commit_message", "commit_description", "private", "revision", "create_pr")
 NUM_SAMPLED = 64
-"""Values of each weight by which two models are told apart."""
+"""So many values of each weight, or a few more, tell a model from another."""
 
 
 class Published:
@@ -95,8 +95,8 @@ def push_folder(
     )
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Of the weights: a model that was trained on has another."""
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Of a model's weights: one that was trained on has another."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         sample = weight.detach().flatten()[:: max(1, weight.numel() // NUM_SAMPLED)]
@@ -113,4 +113,4 @@ def card_of(model: torch.nn.Module, folder: str | os.PathLike | None) -> Mapping
     is_other = getattr(model, "is_quantized", False) or any(weight.is_meta for weight in model.parameters())
     if folder is None or not path.is_file() or is_other:
         return {}
-    return {"text": path.read_text(encoding="utf-8", errors="replace"), "weights": fingerprint(model)}
+    return {"text": path.read_text(encoding="utf-8", errors="replace"), "weights": weights_fingerprint(model)}

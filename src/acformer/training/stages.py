@@ -30,6 +30,7 @@ from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import build_model
 from acformer.hf.checkpoints import latest_valid_checkpoint, load_model, save_trained
+from acformer.hf.configuration_acformer import context_length
 from acformer.training import run_folder
 from acformer.training.arguments import check_arguments, fitting, training_arguments
 from acformer.training.elastic import ElasticBudget, elastic_choices
@@ -216,7 +217,7 @@ def _trainer(
     logger.info("stage %s: %d samples\n%s", stage, len(samples), freeze(model, spec.learning_rates))
     args = training_arguments(spec, recipe.output / stage, recipe.seed, progress and is_terminal())
     model.to(args.device)
-    dataset = ConversationDataset(samples, processor, max_length=spec.max_length, group=spec.group)
+    dataset = ConversationDataset(samples, processor, max_length=_max_length(spec, model, stage), group=spec.group)
     features = cached_features(parts, samples, progress) if recipe.cache_features else None
     with translated(stage, UsageError, UsageError), fitting():
         trainer = AcFormerTrainer(
@@ -231,6 +232,20 @@ def _trainer(
     if progress and not is_terminal():
         trainer.add_callback(ProgressLines())
     return trainer
+
+
+def _max_length(spec: StageSpec, model: AcFormerForConditionalGeneration, stage: str) -> int:
+    """The recipe's, or the language model's context where that is shorter: it knows no places behind it."""
+    context = context_length(model.config)
+    if context is None or context >= spec.max_length:
+        return spec.max_length
+    logger.warning(
+        "stage %s: samples are cut at the language model's context of %d tokens, not at max_length %d",
+        stage,
+        context,
+        spec.max_length,
+    )
+    return context
 
 
 def cached_features(
