@@ -95,6 +95,7 @@ def build_model(
         resolve_template(template, tokenizer),
         num_placeholders=config.num_placeholders,
         fusion=config.fusion,
+        budgets=config.budgets,
     )
     _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
     return model, processor

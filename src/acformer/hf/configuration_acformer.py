@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from acformer.connectors import Connector, Geometry, build_connector
+from acformer.hf.budgets import runs
 from acformer.hf.fusion import FUSIONS
 from acformer.registry import check_value
 from acformer.untrusted import check_config
@@ -79,6 +80,11 @@ class AcFormerConfig(PreTrainedConfig):
     def num_placeholders(self) -> int:
         """What one image costs in the prompt: the connector's T under `concat`, 1 under `gated_cross_attention`."""
         return FUSIONS[self.fusion].count_placeholders(self._connector().num_tokens)
+
+    @property
+    def budgets(self) -> list[tuple[int, int]]:
+        """The numbers of visual tokens that its connector can give, as runs (first, last)."""
+        return runs(self._connector().budgets)
 
     @property
     def num_vision_tokens(self) -> int:

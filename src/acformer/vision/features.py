@@ -1,5 +1,6 @@
 """`VisionFeatures`: the one form in which every connector receives an image, whatever encoder it came from."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -33,3 +34,7 @@ class VisionFeatures(NamedTuple):
     def patches(self) -> Float[Tensor, "B N D"]:
         """(B, N, D): the tokens without the prefix."""
         return self.tokens[:, self.num_prefix_tokens :]
+
+    def rows(self, chosen: Sequence[int]) -> "VisionFeatures":
+        """Those of some of the images, in that order."""
+        return self._replace(**{name: array[list(chosen)] for name, array in self.arrays.items()})
