@@ -1,4 +1,4 @@
-"""What vLLM calls when it starts (entry point `vllm.general_plugins`): from then on `vllm serve FOLDER` knows our models.
+"""What vLLM calls when it starts (entry point `vllm.general_plugins`); from then on `vllm serve FOLDER` works.
 
 There is no modelling code for vLLM: its Transformers backend runs `AcFormerForConditionalGeneration` as it is.
 """
