@@ -415,8 +415,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             labels: (B, L), -100 where nothing is learned; the loss is a mean over the others, or a sum divided by
                 `num_items_in_batch` when the trainer passes it.
             vision_features: encoder output instead of `pixel_values` (see `get_image_features`).
-            num_visual_tokens: T for this call, where the connector is elastic, or (images,) of them; under `concat` the
-                prompt holds as many.
+            num_visual_tokens: T of this call, or (images,), where the connector is elastic; the prompt must fit.
             cross_attention_states, cross_attention_mask: see `AcFormerModel.forward`.
             supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
                 without the other rows of the vocabulary's product, and without a KV cache: for training.

@@ -71,6 +71,8 @@ def is_public(text: str) -> bool:
         return False
     inner: list[IPv4Address | IPv6Address] = [address]
     if isinstance(address, IPv6Address):
+        if address.is_site_local:
+            return False
         inner += [one for one in (address.ipv4_mapped, address.sixtofour, *(address.teredo or ())) if one is not None]
         if address in NAT64 or int(address) < 2**32:
             inner.append(IPv4Address(int(address) & 0xFFFFFFFF))
@@ -86,7 +88,7 @@ def _judged(url: str, allow_hosts: Collection[str]) -> tuple[SplitResult, str, i
         host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError as error:
         raise ImageError("not a URL") from error
-    if parts.scheme not in PORTS or not host or "@" in parts.netloc:
+    if parts.scheme not in PORTS or not re.fullmatch(r"[a-z0-9.:-]+", host) or "@" in parts.netloc:
         raise ImageError("not an http URL")
     named = {one.lower() for one in allow_hosts}
     usual = PORTS[parts.scheme]
