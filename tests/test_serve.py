@@ -250,9 +250,8 @@ def test_a_crowd_with_one_bad_request_in_ten(server, said):
     assert seen.count("bad") > 2
     assert server.health()
     counts = {kind: seen.count(kind) for kind in sorted(set(seen))}
-    sys.stderr.write(
-        f"\n{SECONDS:g} s, 32 clients: {counts}; memory {before / 2**20:.0f}, {server.rss / 2**20:.0f} MiB\n"
-    )
+    memory = f"{before / 2**20:.0f}, then {server.rss / 2**20:.0f} MiB"
+    sys.stderr.write(f"\n{SECONDS:g} s, 32 clients: {counts}; memory {memory}\n")
     settled = server.rss
     for number in range(24):
         chat(client(server), number % 12, None, False)

@@ -90,8 +90,8 @@ def test_detail_and_what_cannot_be_given(client, kind):
     for budget, message in ((18, "it can give 2 to 17"), ("x", "whole number"), ([3, 4], "2 values for 1 images")):
         with pytest.raises(openai.BadRequestError, match=message):
             length("auto", extra_body={"mm_processor_kwargs": {"num_image_tokens": budget}})
+    url = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
     with pytest.raises(openai.BadRequestError, match="data:image"):
-        url = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
         client.chat.completions.create(model=kind, messages=[{"role": "user", "content": [url]}])
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="no").models.list()
