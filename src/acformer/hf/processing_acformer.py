@@ -21,7 +21,7 @@ IMAGE_TOKEN = "<image>"
 logger = logging.getLogger("acformer")
 
 
-class AcFormerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[misc]
+class AcFormerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What a call may say of its images beside the image processor's own options: see `acformer.hf.budgets`.
 
     They stand here because vLLM looks for them here; `AcFormerProcessor` itself takes them out of the options.
@@ -33,7 +33,7 @@ class AcFormerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[misc]
     detail: Any
 
 
-class AcFormerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[misc]
+class AcFormerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Options of `AcFormerProcessor`."""
 
     images_kwargs: AcFormerImagesKwargs

@@ -106,7 +106,7 @@ def parse(body: bytes, model: str, limits: Limits, sizes: Budgets, default_budge
     messages = given.pop("messages", None)
     if not isinstance(messages, list) or not 1 <= len(messages) <= 1000:
         raise RefusedError(400, "messages is a list of 1 to 1000 messages", "messages")
-    request, details = ChatRequest(model, []), []
+    request, details = ChatRequest(model, []), list[Any]()
     for number, message in enumerate(messages):
         request.messages.append(_message(message, f"messages[{number}]", request, details, limits))
     if request.messages[-1]["role"] != "user":

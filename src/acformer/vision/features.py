@@ -37,4 +37,9 @@ class VisionFeatures(NamedTuple):
 
     def rows(self, chosen: Sequence[int]) -> "VisionFeatures":
         """Those of some of the images, in that order."""
-        return self._replace(**{name: array[list(chosen)] for name, array in self.arrays.items()})
+        row, hidden_layers, chosen = self.cls_attention, self.hidden_layers, list(chosen)
+        return self._replace(
+            tokens=self.tokens[chosen],
+            cls_attention=None if row is None else row[chosen],
+            hidden_layers=None if hidden_layers is None else hidden_layers[chosen],
+        )
