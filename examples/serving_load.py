@@ -28,11 +28,11 @@ from typing import Any
 import openai
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil
 
 from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.hf.build import square_image_processor, train_tokenizer
+from acformer.hf.build import train_tokenizer
 from acformer.provenance import machine
 
 BUDGETS = (577, 145, 65)
@@ -78,7 +78,7 @@ def save_model(folder: str) -> int:
     model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=[tokenizer.eos_token_id])
     model.save_pretrained(folder)
     AcFormerProcessor(
-        square_image_processor(model.model.vision_tower, 336),
+        LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
         tokenizer,
         TEMPLATES["vicuna_v1"],
         num_placeholders=config.num_placeholders,
@@ -108,6 +108,7 @@ def served(folder: str, engine: str) -> Iterator[openai.OpenAI]:
 
 
 def image_url(seed: int) -> str:
+    """Another image for every number."""
     file = BytesIO()
     small = Image.frombytes("RGB", (24, 24), random.Random(seed).randbytes(3 * 24 * 24))
     small.resize((336, 336)).save(file, "JPEG")
@@ -148,6 +149,7 @@ def one_round(client: openai.OpenAI, budget: int, number: int) -> dict[str, floa
 
 
 def main() -> None:
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
