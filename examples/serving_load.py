@@ -73,8 +73,10 @@ def save_model(folder: str) -> int:
     )
     model = AcFormerForConditionalGeneration(config).eval()
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] = 0  # it never ends before its time
         model.lm_head.weight.mul_(20)
+        for number, word in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+            if not word.isascii() or "<" in word:  # letters alone, and no end before its time
+                model.lm_head.weight[number] = 0
     model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=[tokenizer.eos_token_id])
     model.save_pretrained(folder)
     AcFormerProcessor(
