@@ -102,6 +102,9 @@ def served(folder: str, engine: str) -> Iterator[openai.OpenAI]:
                 with contextlib.suppress(openai.APIConnectionError):
                     client.models.list()
                     break
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(log.read().decode()[-3000:])
                 time.sleep(0.5)
             yield client
         finally:

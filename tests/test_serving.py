@@ -164,7 +164,9 @@ def test_a_body_for_vllm():
     with pytest.raises(RefusedError, match=r"image: .*over the limit of 100 pixels") as caught:
         small(read(IMAGE))
     assert caught.value.param == "messages[0].content[0]"
-    assert json.loads(settings("folder", "name", 9, Limits(allow_hosts=("h",))))["limits"]["allow_hosts"] == ["h"]
+    assert json.loads(settings("folder", "name", "localhost", 9, Limits(allow_hosts=("h",))))["limits"][
+        "allow_hosts"
+    ] == ["h"]
 
 
 # Addresses
@@ -386,6 +388,16 @@ def test_other_routes_methods_and_pages():
     assert run(Client(service, data=ask("who?"), headers=page))[0].status == 403
     own = {"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"}
     assert run(Client(service, data=ask("who?"), headers=own))[0].status == 200
+
+
+def test_a_foreign_name_that_leads_here():
+    """DNS rebinding: a page of evil.example, whose name was pointed at this machine; a key makes it harmless."""
+    for host, status in (("evil.example:8000", 403), ("localhost:8000", 200), ("[::1]:8000", 200), ("[", 403)):
+        (client,) = run(Client(gate(), data=ask("who?"), headers={"host": host}))
+        assert client.status == status, host
+    headers = {"host": "evil.example", "authorization": "Bearer secret"}
+    assert run(Client(gate(key="secret"), data=ask("who?"), headers=headers))[0].status == 200
+    assert run(Client(gate(host="my.example"), data=ask("who?"), headers={"host": "my.example"}))[0].status == 200
 
 
 def test_the_body_has_a_limit_and_a_time():

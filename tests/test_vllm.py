@@ -98,6 +98,21 @@ def test_detail_and_what_cannot_be_given(client, kind):
     assert [model.id for model in client.models.list()] == [kind]
 
 
+def test_clients_that_hang_up(client, kind, said):
+    """Their places are free, and who comes then is answered."""
+
+    def hang_up(number):
+        asked = {"model": kind, "messages": messages("who?", [number % 4]), "max_tokens": 64, "stream": True}
+        answer = client.chat.completions.create(**asked)
+        if number % 2:
+            next(iter(answer))
+        answer.close()
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(hang_up, range(48)))
+    assert ask(client, kind, 3, 16, False)[0] == said["16"][3]["text"]
+
+
 IN_PROCESS = """
 import json, sys
 from vllm import LLM, SamplingParams

@@ -81,7 +81,7 @@ def _serve(arguments: argparse.Namespace, name: str, limits: Any) -> None:
     if arguments.tokens is not None:
         processor.sizes.of("num_image_tokens", arguments.tokens)
         processor.num_image_tokens = arguments.tokens
-    gate = build_app(model, processor, name, limits, os.environ.get(KEY) or None)
+    gate = build_app(model, processor, name, limits, os.environ.get(KEY) or None, arguments.host)
     config = uvicorn.Config(
         gate, host=arguments.host, port=arguments.port, log_level="warning", access_log=False, timeout_keep_alive=30
     )
@@ -103,6 +103,6 @@ def _become_vllm(arguments: argparse.Namespace, folder: str, name: str, limits: 
     options = {} if arguments.tokens is None else {"num_image_tokens": arguments.tokens}
     processor._get_num_multimodal_tokens([(1, 1)], **options)  # says what vLLM cannot serve
     words = command(folder, name, arguments.host, arguments.port, arguments.tokens, limits, arguments.engine_args)
-    os.environ[SETTINGS] = settings(folder, name, arguments.tokens, limits)
+    os.environ[SETTINGS] = settings(folder, name, arguments.host, arguments.tokens, limits)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.execv(words[0], words)

@@ -10,11 +10,13 @@ import hashlib
 import hmac
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,7 +39,8 @@ class Service:
     """What the gate needs to know of the model behind it.
 
     name: under which it is served. sizes, default_budget: what an image may cost. key: without it, no one enters but
-    for `/health`. rewrite: makes a checked request the body that the engine gets; it runs in a thread.
+    for `/health`. host: the name or address that is served. rewrite: makes a checked request the body that the engine
+    gets; it runs in a thread.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     default_budget: int | None = None
     key: str | None = None
+    host: str = "localhost"
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Gate:
 
     def __init__(self, app: Any, service: Service):
         self.app, self.service = app, service
+        self.names = {"localhost", socket.gethostname().lower(), socket.getfqdn().lower(), service.host.lower()}
         self.waiting = 0
         self.created = int(time.time())
 
@@ -103,13 +108,23 @@ class Gate:
             kind, _, given = headers.get(b"authorization", "").partition(" ")
             if kind.lower() != "bearer" or not _equal(given.strip(), self.service.key):
                 raise RefusedError(401, "no valid API key: send Authorization: Bearer KEY", code="invalid_api_key")
-        origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+        host, origin = headers.get(b"host"), headers.get(b"origin")
+        if origin is not None and urlsplit(origin).netloc != host:
             raise RefusedError(403, "requests from pages of other sites are refused")
+        if self.service.key is None and host and not self._is_here(host):
+            raise RefusedError(403, "this server does not go by that name: ask it by its address, or set a key")
         if path not in ROUTES:
             raise RefusedError(404, f"there is no such route; those served are {', '.join(ROUTES)}")
         if method != ROUTES[path]:
             raise RefusedError(405, f"{path} takes {ROUTES[path]}")
+
+    def _is_here(self, host: str) -> bool:
+        """Whether a Host header is an address, or a name of this machine: a page whose name leads here has another."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self.names or bool(ip_address(name))
+        except ValueError:
+            return False
 
     async def _chat(self, scope: dict, receive: Receive, send: "_Sent") -> None:
         limits = self.service.limits

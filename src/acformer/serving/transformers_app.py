@@ -150,6 +150,7 @@ def build_app(
     name: str,
     limits: Limits,
     key: str | None = None,
+    host: str = "localhost",
 ) -> Gate:
     """The application to serve; `gate.waiting` says how many chats are inside."""
     from fastapi.responses import JSONResponse
@@ -159,4 +160,4 @@ def build_app(
     app = build_server(ModelManager(), handler, None, None, None, None, generation_state=state)
     app.add_exception_handler(GoneError, lambda request, error: JSONResponse({}, status_code=GONE))
     rewrite = Preparation(model, processor, limits)
-    return Gate(WithDone(app), Service(name, processor.sizes, rewrite, limits, processor.num_image_tokens, key))
+    return Gate(WithDone(app), Service(name, processor.sizes, rewrite, limits, processor.num_image_tokens, key, host))

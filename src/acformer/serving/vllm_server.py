@@ -36,9 +36,9 @@ def command(folder: str, name: str, host: str, port: int, tokens: int | None, li
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *shlex.split(extra)]
 
 
-def settings(folder: str, name: str, tokens: int | None, limits: Limits) -> str:
+def settings(folder: str, name: str, host: str, tokens: int | None, limits: Limits) -> str:
     """What `VllmGate` reads."""
-    return json.dumps({"folder": folder, "name": name, "tokens": tokens, "limits": asdict(limits)})
+    return json.dumps({"folder": folder, "name": name, "host": host, "tokens": tokens, "limits": asdict(limits)})
 
 
 class VllmGate:
@@ -54,8 +54,8 @@ class VllmGate:
         limits = Limits(**{**told, "image": ImageLimits(**told["image"]), "allow_hosts": tuple(told["allow_hosts"])})
         processor = AcFormerProcessor.from_pretrained(given["folder"])
         rewrite = VllmBody(limits, processor.image_token)
-        key = os.environ.get("ACFORMER_API_KEY") or None
-        self.gate = Gate(app, Service(given["name"], processor.sizes, rewrite, limits, given["tokens"], key))
+        key, host = os.environ.get("ACFORMER_API_KEY") or None, given["host"]
+        self.gate = Gate(app, Service(given["name"], processor.sizes, rewrite, limits, given["tokens"], key, host))
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         """Serve or refuse one request."""
