@@ -20,7 +20,7 @@ import pytest
 import serving_models
 from forbidden_urls import FORBIDDEN, HOSTS
 from serving_models import BUDGETS, MAX_TOKENS, messages, prompts
-from serving_process import environment, reference, serving
+from serving_process import ROOT, environment, reference, serving
 
 openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
@@ -99,6 +99,18 @@ def test_a_stream_ends_as_openais(server):
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_the_page_of_docs(server, tmp_path):
+    """Its program, asked of this server."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
+    (tmp_path / "photo.jpg").write_bytes(serving_models.picture_bytes(0))
+    for old, new in (("http://127.0.0.1:8000", server.url), ('"none"', repr(KEY)), ('"quickstart"', '"clip"')):
+        assert old in program
+        program = program.replace(old, new)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_models_and_health(server, folder):
