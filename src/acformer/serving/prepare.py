@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import Any
 
 from PIL.Image import Image
+from transformers import ProcessorMixin
 
 from acformer.errors import AcFormerError, ImageError, UsageError, one_line
 from acformer.evaluate.generate import new_tokens
@@ -40,7 +41,7 @@ class Preparation:
         self.model, self.processor, self.limits = model, processor, limits
         self._one_at_a_time = threading.Lock()
         # Text that spells a special token is text; up to transformers 5.19 it cannot be kept apart.
-        self.sanitizes = "sanitize_control_tokens" in inspect.signature(super_template()).parameters
+        self.sanitizes = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
 
     def __call__(self, request: ChatRequest) -> bytes:
         """The body for transformers' server, which asks for `request.inputs` instead of reading it."""
@@ -74,11 +75,6 @@ class Preparation:
             return_tensors="pt",
             **options,
         )
-
-
-def super_template() -> Any:
-    """transformers' `apply_chat_template`, which ours hands its options to."""
-    return super(AcFormerProcessor, AcFormerProcessor).apply_chat_template
 
 
 def _part(part: dict[str, Any], images: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ loaded strictly and once, under the name that it is served by; inputs are what t
 hung up ends its generation at the next token; an error of the model is one sentence.
 """
 
+import inspect
 import logging
 from typing import Any
 
@@ -157,7 +158,9 @@ def build_app(
 
     state = State()
     handler = Handler(model, processor, name, state)
-    app = build_server(ModelManager(), handler, None, None, None, None, generation_state=state)
+    others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
+    handlers = {**dict.fromkeys(others), "chat_handler": handler}  # the gate lets no one through to the others
+    app = build_server(ModelManager(), **handlers, generation_state=state)
     app.add_exception_handler(GoneError, lambda request, error: JSONResponse({}, status_code=GONE))
     rewrite = Preparation(model, processor, limits)
     return Gate(WithDone(app), Service(name, processor.sizes, rewrite, limits, processor.num_image_tokens, key, host))
