@@ -65,8 +65,7 @@ def build_model(
         text: the language model: likewise, or a dict that configures a new one (`model_type`, its config's fields).
         connector, connector_kwargs: a name from `list_connectors()` and its options.
         fusion, fusion_kwargs: how they reach the language model: `concat` or `gated_cross_attention`, and options.
-        feature_layer: index into the encoder's `hidden_states` (Sec. 3.1: -2).
-        image_size: pixels a side that the encoder is fed; default its own.
+        feature_layer, image_size: index into the encoder's `hidden_states` (Sec. 3.1: -2); pixels a side (its own).
         template: chat template: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
         tokenizer_vocab, texts: size of a new language model's byte-level BPE, and what it is trained on.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
@@ -99,6 +98,7 @@ def build_model(
         resolve_template(template, tokenizer),
         num_placeholders=config.num_placeholders,
         fusion=config.fusion,
+        budgets=config.budgets,
     )
     _note_names(model.config, vision, text)
     _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)

@@ -176,6 +176,7 @@ def load_model(
                 f"{name}: its processor writes prompts for {field} {written!r}, but its model has {read!r}: take the "
                 "processor that was saved with the model"
             )
+    processor.budgets = [list(run) for run in model.config.budgets]
     check_processor(processor, model.config.image_size, name)
     check_fields(model, name)
     return model.eval().to(device), processor
