@@ -3,8 +3,6 @@
 import argparse
 from typing import Any
 
-from acformer.errors import UsageError
-
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
@@ -19,9 +17,6 @@ def run(arguments: argparse.Namespace) -> str:
     from acformer.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # before torch: a typo should not take seconds
-    for stage, spec in recipe.stages():
-        if spec.lora or spec.quantize:
-            raise UsageError(f"{stage}: lora and quantize can be planned (acformer plan), not yet trained")
     from acformer.training.stages import train
 
     return str(train(recipe, progress=not arguments.quiet))

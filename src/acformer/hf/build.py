@@ -7,6 +7,7 @@ with its processor, ready to train or to save.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,6 +29,7 @@ from acformer.data.templates import resolve_template
 from acformer.errors import CheckpointError, UsageError, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.connector_weights import FILE, NEW_MODULES, Parts, load_connector
 from acformer.hf.head import LanguageModelHead
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.untrusted import load_config
@@ -35,7 +38,6 @@ from acformer.vision.load import load_tower, loading, pixel_statistics
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
-NEW_MODULES = ("model.connector.", "model.fusion.")
 
 
 def build_model(
@@ -51,6 +53,7 @@ def build_model(
     template: str = "vicuna_v1",
     tokenizer_vocab: int = 512,
     dtype: str = "float32",
+    connector_weights: str | None = None,
     texts: Iterable[str] = (),
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
     """Model and processor out of parts; the connector (and a new language model) start at random.
@@ -65,9 +68,12 @@ def build_model(
         template: chat template: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
         tokenizer_vocab, texts: size of a new language model's byte-level BPE, and what it is trained on.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        connector_weights: a trained connector of the same options: `connector.safetensors`, a folder with one, a whole
+            model, or LLaVA's `mm_projector.bin`.
 
     Raises:
-        CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
+        CheckpointError: a part cannot be loaded, or another connector's weights. UsageError: a name or option that
+        does not exist.
     """
     weights_dtype = parse_dtype(dtype)
     tower = load_tower(vision, weights_dtype)
@@ -89,15 +95,40 @@ def build_model(
         dtype=weights_dtype,
     )
     model = assemble(config, truncate(tower, feature_layer), language_model)
-    processor = AcFormerProcessor(
+    if connector_weights is not None:
+        load_connector(model, connector_weights)
+    processor = make_processor(tower, config, tokenizer, template)
+    _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
+    return model, processor
+
+
+def make_processor(
+    tower: str | PreTrainedModel, config: AcFormerConfig, tokenizer: PreTrainedTokenizerBase, template: str
+) -> AcFormerProcessor:
+    """The processor of a model with that config; `template` by name."""
+    return AcFormerProcessor(
         square_image_processor(tower, config.image_size),
         tokenizer,
         resolve_template(template, tokenizer),
         num_placeholders=config.num_placeholders,
         fusion=config.fusion,
     )
-    _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
-    return model, processor
+
+
+def from_parts(folder: Path, parts: Parts, dtype: torch.dtype | None = None) -> AcFormerForConditionalGeneration:
+    """The model of a folder that holds its config and its connector alone; encoder and language model are read anew.
+
+    Raises:
+        CheckpointError: a part that cannot be loaded, or is another one than it was.
+    """
+    config = AcFormerConfig.from_pretrained(folder)
+    config.dtype = dtype or parse_dtype(parts.dtype)
+    tower = truncate(load_tower(parts.vision or "", config.dtype), config.feature_layer)
+    _, language_model = _pretrained_text(resolve(parts.text or ""), config.dtype)
+    model = assemble(config, tower, language_model)
+    load_connector(model, str(folder / FILE))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _set_end_tokens(
@@ -224,5 +255,18 @@ def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > model.config.vocab_size:
+        rows = model.config.vocab_size
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+        _fill_new_rows(model, rows)
     return tokenizer, model
+
+
+@torch.no_grad()
+def _fill_new_rows(model: PreTrainedModel, first: int) -> None:
+    """The same values whenever the language model is read: a connector that is saved alone is put beside them again."""
+    generator = torch.Generator().manual_seed(0)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            new = module.weight[first:]
+            std = getattr(model.config, "initializer_range", 0.02)
+            new.copy_(torch.empty(new.shape).normal_(0, std, generator=generator))

@@ -95,9 +95,8 @@ def _is_record(path: Path) -> bool:
 
 def _work_of(recipe: Recipe, stages: Iterable[str]) -> list[Path]:
     """Checkpoints and models that the stages have left in the output folder."""
-    return [
-        path for stage in stages for name in ("checkpoint-*", "model") for path in (recipe.output / stage).glob(name)
-    ]
+    names = ("checkpoint-*", "model", "base")
+    return [path for stage in stages for name in names for path in (recipe.output / stage).glob(name)]
 
 
 def _settings_until(recipe: Recipe, last: str) -> dict[str, Any]:
@@ -144,13 +143,15 @@ def check_trained_on(checkpoint: Path, now: Mapping[str, Any], data: str) -> Non
 
 def check_room(folder: Path, model: AcFormerForConditionalGeneration, stages: Mapping[str, StageSpec]) -> None:
     """`CheckpointError` where the disk has not even room for each stage's model, and one of its checkpoints."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
     needed = 0
     for spec in stages.values():
+        modules = set(spec.learning_rates) - ({"language_model"} if spec.lora else set())  # adapters are small
+        trained = sum(p.nbytes for name in modules for p in module_parameters(model)[name])
+        weights = trained if spec.lora or spec.save == "connector" else whole
         needed += weights
         if spec.training.get("save_strategy", "no") != "no":
-            trained = [p for name in spec.learning_rates for p in module_parameters(model)[name]]
-            needed += weights + 2 * sum(p.nbytes for p in trained)  # AdamW's two averages
+            needed += weights + 2 * trained  # AdamW's two averages
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -3,7 +3,8 @@ visual tokens that may change at every step, batches of like length that a resum
 step that is not finite, whole checkpoints.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,32 @@ from acformer.training.recipe import MODULES
 from acformer.training.settings import check_settings
 from acformer.training.stopping import StopOnSignal
 
+Saver = Callable[[Path, Mapping[str, torch.Tensor]], None]
+"""Writes some of a model's weights (by their names) into a folder."""
+
 
 def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
-    """Only the named modules learn; returns the table of who does, with parameter counts.
+    """Only the named modules learn; returns the table of who does, with parameter counts (`learning_table`).
 
     `UsageError` for a module of which the model has none (`fusion`, where that is `concat`).
     """
     check_modules(model, learning_rates)
+    for name, parameters in module_parameters(model).items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in learning_rates and parameter.is_floating_point())
+    return learning_table(model, learning_rates)
+
+
+def learning_table(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
+    """A line a module: its parameters, how many of them learn, and at what rate."""
     lines = []
     for name, parameters in module_parameters(model).items():
         if not parameters:
             continue
-        rate = learning_rates.get(name)
-        for parameter in parameters:
-            parameter.requires_grad_(rate is not None)
-        count = sum(p.numel() for p in parameters)
-        lines.append(f"{name:<15} {count / 1e6:9.2f} M  {'frozen' if rate is None else f'lr {rate:g}'}")
+        count, learning = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        rate = f"lr {learning_rates[name]:g}" if learning else "frozen"
+        part = f" of which {learning / 1e6:.2f} M learn" if 0 < learning < count else ""
+        lines.append(f"{name:<15} {count / 1e6:9.2f} M  {rate}{part}")
     return "\n".join(lines)
 
 
@@ -87,6 +98,8 @@ class AcFormerTrainer(Trainer):
         self.learning_rates = learning_rates
         self.budget = budget
         self.complete = complete
+        self.save_weights: Saver | None = None
+        self.saved_dtype: torch.dtype | None = None
         self.is_saving = False
         self.sample_ids: list[str] = []  # of the step, which may have several batches
         # The Trainer would remove the older checkpoints before the new one has its manifest: we do it after.
@@ -109,8 +122,9 @@ class AcFormerTrainer(Trainer):
             for module, parameters in module_parameters(self.model).items():
                 if module not in self.learning_rates:
                     continue
+                learning = [p for p in parameters if p.requires_grad]  # of a module with adapters, these alone
                 for decay in (self.args.weight_decay, 0.0):
-                    chosen = [p for p in parameters if (id(p) in decayed) == (decay > 0)]
+                    chosen = [p for p in learning if (id(p) in decayed) == (decay > 0)]
                     groups.append({"params": chosen, "lr": self.learning_rates[module], "weight_decay": decay})
                     if self.args.weight_decay == 0:
                         break
@@ -192,7 +206,18 @@ class AcFormerTrainer(Trainer):
             self.is_saving = False
         self.stop.saved_step = step
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the Trainer's, unless `save_weights` says which weights; `saved_dtype` is what they are loaded in."""
+        if self.save_weights is None:
+            super()._save(output_dir, state_dict)
+            if self.saved_dtype is not None and self.args.should_save:
+                _write_dtype(Path(output_dir or self.args.output_dir), self.saved_dtype)
+        elif self.args.should_save:
+            self.save_weights(Path(output_dir or self.args.output_dir), state_dict or self.model.state_dict())
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if self.save_weights is not None:
+            return  # they are in the model: the Trainer knows no such folder
         with _going_on_from(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
@@ -211,6 +236,13 @@ class AcFormerTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _going_on_from(checkpoint):
             super()._load_scaler(checkpoint)
+
+
+def _write_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Into the config: where frozen weights are in half precision, the Trainer's would say that all are."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "dtype": str(dtype).removeprefix("torch.")}, indent=2), encoding="utf-8")
 
 
 def _going_on_from(checkpoint: str | None) -> AbstractContextManager[None]:
