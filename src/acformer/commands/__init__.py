@@ -3,6 +3,6 @@
 Their modules import nothing heavy before `run`, so that `--help` and a typo are answered at once.
 """
 
-from acformer.commands import anchors, ask, connectors, evaluate, fetch, merge, plan, score, selectors, train
+from acformer.commands import anchors, ask, connectors, convert, evaluate, fetch, merge, plan, score, selectors, train
 
-COMMANDS = (fetch, plan, train, merge, evaluate, score, ask, anchors, connectors, selectors)
+COMMANDS = (fetch, plan, train, convert, merge, evaluate, score, ask, anchors, connectors, selectors)

@@ -78,7 +78,7 @@ def build_model(
     weights_dtype = parse_dtype(dtype)
     tower = load_tower(vision, weights_dtype)
     if isinstance(text, str):
-        tokenizer, language_model = _pretrained_text(resolve(text), weights_dtype)
+        tokenizer, language_model = pretrained_text(resolve(text), weights_dtype)
     else:
         tokenizer = train_tokenizer(texts, tokenizer_vocab)
         language_model = _new_text(text, tokenizer, weights_dtype)
@@ -98,7 +98,7 @@ def build_model(
     if connector_weights is not None:
         load_connector(model, connector_weights)
     processor = make_processor(tower, config, tokenizer, template)
-    _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
+    set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
     return model, processor
 
 
@@ -124,14 +124,14 @@ def from_parts(folder: Path, parts: Parts, dtype: torch.dtype | None = None) -> 
     config = AcFormerConfig.from_pretrained(folder)
     config.dtype = dtype or parse_dtype(parts.dtype)
     tower = truncate(load_tower(parts.vision or "", config.dtype), config.feature_layer)
-    _, language_model = _pretrained_text(resolve(parts.text or ""), config.dtype)
+    _, language_model = pretrained_text(resolve(parts.text or ""), config.dtype)
     model = assemble(config, tower, language_model)
     load_connector(model, str(folder / FILE))
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _set_end_tokens(
+def set_end_tokens(
     model: AcFormerForConditionalGeneration, own: int | list[int] | None, processor: AcFormerProcessor
 ) -> None:
     """Generation stops at every token that may end a turn: the language model's own, and the template's."""
@@ -245,12 +245,18 @@ def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dt
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
     with loading(name):
         load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    add_image_token(tokenizer, model)
+    return tokenizer, model
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """`<image>` into the vocabulary and, where there is no row for it, into the embeddings, in place."""
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -258,7 +264,6 @@ def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizer
         rows = model.config.vocab_size
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
         _fill_new_rows(model, rows)
-    return tokenizer, model
 
 
 @torch.no_grad()
