@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         todo = {stage: spec for stage, spec in recipe.stages() if not run_folder.is_done(recipe, stage)}
         for stage, spec in todo.items():
             with translated(stage, UsageError, UsageError):
-                _check_stage(spec, recipe.seed)
+                check_stage(spec, recipe.seed)
         set_seed(recipe.seed)
         return _train_stages(recipe, todo, progress)
 
@@ -87,14 +87,14 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
             run_folder.check_trained_on(checkpoint, data, spec.data)
         if parts is None or checkpoint is not None:
             with announced(f"stage {stage}: loading the model"):
-                parts = _first_model(recipe, stage, checkpoint)
+                parts = first_model(recipe, stage, checkpoint)
         if processors is None:
-            processors = {name: _stage_processor(recipe, name, parts) for name in todo}
+            processors = {name: stage_processor(recipe, name, parts) for name in todo}
             run_folder.check_room(recipe.output, parts[0], todo)
         run_folder.claim(recipe, stage)
         if run_folder.is_first_process():
             write_base(recipe, stage, parts)
-        trainer = _trainer(recipe, stage, parts, processors[stage], (samples, skip_log), checkpoint, progress)
+        trainer = stage_trainer(recipe, stage, parts, processors[stage], (samples, skip_log), checkpoint, progress)
         trainer.complete = partial(_complete_checkpoint, parts[1], skip_log, data)
         _run(trainer, checkpoint, parts[1], folder)
         if trainer.model is not parts[0] or trainer.save_weights or trainer.saved_dtype:
@@ -104,7 +104,7 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
     return folder
 
 
-def _check_stage(spec: StageSpec, seed: int) -> None:
+def check_stage(spec: StageSpec, seed: int) -> None:
     """What can be told of a stage before anything is built."""
     check_arguments(spec, seed)
     if spec.lora is not None:
@@ -164,7 +164,7 @@ def stage_samples(spec: StageSpec, folder: Path, resumed: Path | None = None) ->
         return load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples), skip_log
 
 
-def _first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
+def first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
     """What the first stage of this call starts from: its checkpoint, a given model, stage 1's result, or new parts.
 
     A new tokenizer is the checkpoint's: it would be another one where the data has changed since.
@@ -193,7 +193,7 @@ def recipe_texts(recipe: Recipe) -> Iterator[str]:
                     yield from split_at_images(message)
 
 
-def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
+def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
     """The processor that encodes a stage's samples, and the stage's budget; `UsageError` if model and stage differ."""
     model, processor = parts
     spec: StageSpec = getattr(recipe, stage)
@@ -214,7 +214,7 @@ def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormer
     return own, budget
 
 
-def _trainer(
+def stage_trainer(
     recipe: Recipe,
     stage: str,
     parts: Parts,
