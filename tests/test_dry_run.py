@@ -57,7 +57,7 @@ def test_the_batch_is_the_one_that_is_trained(recipe, monkeypatch):  # noqa: F81
 
 
 def test_a_second_stage_goes_on_from_what_is_there(recipe, tmp_path, no_step):  # noqa: F811
-    train(recipe("stage=pretrain"), progress=False)
+    train(recipe("stage=pretrain", "cache_features=true"), progress=False)
     no_step()
     before = sorted(tmp_path.rglob("*"))
     shown = dry_run(recipe("finetune.training.bf16=true", "finetune.elastic=[3, 5]", "cache_features=true"))

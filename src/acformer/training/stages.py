@@ -223,6 +223,10 @@ def stage_trainer(
     checkpoint: Path | None,
     progress: bool,
 ) -> AcFormerTrainer:
+    """Of a stage of the recipe: the model as it learns there, its data in batches, what is saved.
+
+    encoding: of `stage_processor`. data: of `stage_samples`. checkpoint: to go on from.
+    """
     (model, _), (processor, budget), (samples, skip_log) = parts, encoding, data
     spec: StageSpec = getattr(recipe, stage)
     args = training_arguments(spec, recipe.output / stage, recipe.seed, progress and is_terminal())
