@@ -17,6 +17,7 @@ from acformer.hf.adapters import adapter_base, load_adapter, save_adapter
 from acformer.hf.checkpoints import model_folder, save_model, verify_folder, write_manifest
 from acformer.hf.connector_weights import Parts, save_connector
 from acformer.hf.quantize import quantized
+from acformer.training.distributed import uses_fsdp
 from acformer.training.lora import add_adapters
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.trainer import Saver, freeze, learning_table
@@ -43,7 +44,7 @@ def as_it_learns(model: Any, spec: StageSpec, args: TrainingArguments, checkpoin
         model = quantized(model, spec.quantize, half_precision(args) or model.dtype, args.device)
         freeze(model, spec.learning_rates)
         model._hf_peft_config_loaded = spec.lora is None  # the Trainer takes it for one that nothing can learn in
-    else:
+    elif not uses_fsdp(args):  # which moves what it has sharded
         model.to(args.device)
     if spec.lora is not None:
         with torch.random.fork_rng(devices=[]):  # of the seed alone, whatever was loaded before

@@ -83,6 +83,7 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
         with announced(f"stage {stage}: reading {spec.data}"):
             samples, skip_log = stage_samples(spec, folder.parent, checkpoint)
             data = run_folder.trained_on(samples, PartialState().num_processes)
+            data["samples_a_step"] = run_folder.samples_a_step(spec.training, PartialState().num_processes)
         if checkpoint is not None:
             run_folder.check_trained_on(checkpoint, data, spec.data)
         if parts is None or checkpoint is not None:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from acformer.data.collate import ConversationDataset
 from acformer.data.lengths import LengthGroupedSampler
 from acformer.errors import CheckpointError, DataError, DivergedError, UsageError, translated
 from acformer.hf import AcFormerForConditionalGeneration
 from acformer.hf.checkpoints import keep_newest, write_manifest
+from acformer.training.distributed import load_sharded_optimizer, save_sharded_optimizer, set_up_fsdp
 from acformer.training.elastic import ElasticBudget
 from acformer.training.failures import LOADER_TIMEOUT
 from acformer.training.progress import announced
@@ -105,6 +106,8 @@ class AcFormerTrainer(Trainer):
         # The Trainer would remove the older checkpoints before the new one has its manifest: we do it after.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.stop = StopOnSignal(self)
+        if self.is_fsdp_enabled and isinstance(self.model, AcFormerForConditionalGeneration):
+            set_up_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.add_callback(StopOnBadGradient(self))
         self.add_callback(self.stop)
 
@@ -216,13 +219,28 @@ class AcFormerTrainer(Trainer):
             self.save_weights(Path(output_dir or self.args.output_dir), state_dict or self.model.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        if self.save_weights is not None:
-            return  # they are in the model: the Trainer knows no such folder
+        if self.save_weights is not None or self.is_fsdp_enabled:
+            return  # the stage has put them into the model, before it was sharded
         with _going_on_from(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's; of FSDP's shards one whole file, as one process has it."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_sharded_optimizer(self.model, self.optimizer, Path(output_dir), writes=self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _going_on_from(checkpoint):
+            if self.is_fsdp_enabled and checkpoint is not None:
+                reads = self.is_world_process_zero()
+                load_sharded_optimizer(self.model, self.optimizer, Path(checkpoint), reads=reads)
+                state = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+                self.lr_scheduler.load_state_dict(state)
+                return
             super()._load_optimizer_and_scheduler(checkpoint)
             for parameter, state in self.optimizer.state.items():
                 for name in {"exp_avg", "exp_avg_sq"} & state.keys():
@@ -230,6 +248,12 @@ class AcFormerTrainer(Trainer):
                         raise ValueError(f"{name} has shape {tuple(shape)}, its weight {tuple(parameter.shape)}")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a process that the checkpoint does not know starts with a seed of its own."""
+        world, rank = self.args.world_size, self.args.process_index
+        name = "rng_state.pth" if world == 1 else f"rng_state_{rank}.pth"
+        if checkpoint is not None and not (Path(checkpoint) / name).exists():
+            set_seed((self.args.seed + 1_000_003 * self.state.global_step + rank) % 2**32)
+            return
         with _going_on_from(checkpoint):
             super()._load_rng_state(checkpoint)
 
