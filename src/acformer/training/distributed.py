@@ -30,6 +30,21 @@ def one_reads_weights() -> bool:
     return is_fsdp_enabled()
 
 
+def tell_apart(model: nn.Module) -> None:
+    """Weights that learn get memory of their own where this rank has not read them; nobody writes to it.
+
+    accelerate knows an optimizer's weights by their address, which is 0 for all that have none: of such a rank it would
+    train one weight, and the others' shards would stay as they were.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta and weight.requires_grad:
+                if id(weight) not in made:
+                    made[id(weight)] = nn.Parameter(torch.empty_like(weight, device="cpu"))
+                module._parameters[name] = made[id(weight)]
+
+
 def set_up_fsdp(plugin: Any, model: Any) -> None:
     """Which blocks are sharded, and whole weights in what is saved, whoever goes on from it.
 

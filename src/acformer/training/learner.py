@@ -17,7 +17,7 @@ from acformer.hf.adapters import adapter_base, load_adapter, save_adapter
 from acformer.hf.checkpoints import model_folder, save_model, verify_folder, write_manifest
 from acformer.hf.connector_weights import Parts, save_connector
 from acformer.hf.quantize import quantized
-from acformer.training.distributed import uses_fsdp
+from acformer.training.distributed import tell_apart, uses_fsdp
 from acformer.training.lora import add_adapters
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.trainer import Saver, freeze, learning_table
@@ -52,6 +52,7 @@ def as_it_learns(model: Any, spec: StageSpec, args: TrainingArguments, checkpoin
             add_adapters(model, spec.lora)
         if checkpoint is not None and adapter_base(checkpoint) is not None:
             load_adapter(model, checkpoint)
+    tell_apart(model)
     return model, learning_table(model, spec.learning_rates)
 
 
