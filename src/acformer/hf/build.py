@@ -34,7 +34,7 @@ from acformer.hf.head import LanguageModelHead
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.untrusted import load_config
 from acformer.vision.encoder import truncate
-from acformer.vision.load import load_tower, loading, pixel_statistics
+from acformer.vision.load import load_tower, loading, pixel_statistics, placement
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
@@ -147,7 +147,13 @@ def assemble(
     head = LanguageModelHead(language_model)
     weights |= {head.renamed(name): value for name, value in language_model.state_dict().items()}
     model, report = AcFormerForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=weights, dtype=config.dtype, strict=False, output_loading_info=True
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=config.dtype,
+        strict=False,
+        output_loading_info=True,
+        **placement(),
     )
     wrong = {key for key in report["missing_keys"] if not key.startswith(NEW_MODULES)}
     wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
@@ -250,7 +256,7 @@ def pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerB
     with loading(name):
         load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **placement())
     add_image_token(tokenizer, model)
     return tokenizer, model
 

@@ -26,7 +26,7 @@ from acformer.hf.build import from_parts
 from acformer.hf.connector_weights import load_connector, read_parts
 from acformer.hf.processing_acformer import check_processor
 from acformer.untrusted import refuse_files_outside
-from acformer.vision.load import loading
+from acformer.vision.load import loading, placement
 
 MANIFEST = "manifest.json"
 
@@ -177,7 +177,7 @@ def load_model(
                 "processor that was saved with the model"
             )
     check_processor(processor, model.config.image_size, name)
-    return model.eval().to(device), processor
+    return model.eval() if placement() else model.eval().to(device), processor
 
 
 def _check_whole(folder: Path) -> None:
@@ -189,7 +189,7 @@ def _weights(folder: Path, dtype: torch.dtype | str) -> AcFormerForConditionalGe
     """The model of a folder or a hub name; of a folder that holds a connector alone, with the rest from elsewhere."""
     parts = read_parts(folder)
     if parts is None:
-        return AcFormerForConditionalGeneration.from_pretrained(folder.as_posix(), dtype=dtype)
+        return AcFormerForConditionalGeneration.from_pretrained(folder.as_posix(), dtype=dtype, **placement())
     if parts.model is None:
         return from_parts(folder, parts, None if isinstance(dtype, str) else dtype)
     model, _ = load_model(parts.model, dtype=dtype)

@@ -21,6 +21,7 @@ from acformer.hf.adapters import PREFIX
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.convert import mlp_from_llava
 from acformer.untrusted import read_weights, refuse_files_outside
+from acformer.vision.load import placement
 
 FILE, PARTS = "connector.safetensors", "parts.json"
 NEW_MODULES = ("model.connector.", "model.fusion.")
@@ -98,7 +99,8 @@ def load_connector(model: Any, source: str) -> None:
             f"{source} does not fit connector {_name(model.config)}: {len(wrong)} weights differ, first {name}: "
             f"{given.get(name, 'not there')} in the file, {wanted.get(name, 'not there')} in the model"
         )
-    model.load_state_dict({f"model.{name}": weight for name, weight in found.items()}, strict=False)
+    if not placement():
+        model.load_state_dict({f"model.{name}": weight for name, weight in found.items()}, strict=False)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

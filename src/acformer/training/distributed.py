@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import TrainingArguments
 from transformers.integrations.fsdp import is_fsdp_enabled
 
+from acformer.errors import UsageError
+
 OPTIMIZER = "optimizer.pt"
 
 
@@ -25,9 +27,11 @@ def uses_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def one_reads_weights() -> bool:
-    """Whether rank 0 alone reads weights and sends them to the others (`cpu_ram_efficient_loading`)."""
-    return is_fsdp_enabled()
+def check_one_reader(*, cached: bool, elastic: bool, quantize: bool) -> None:
+    """`UsageError` for what every rank would need weights for, where one alone reads them."""
+    wanted = {"cache_features": cached, "elastic": elastic, "quantize": quantize}
+    if is_fsdp_enabled() and (named := [name for name, is_wanted in wanted.items() if is_wanted]):
+        raise UsageError(f"{named[0]} needs the weights on every rank: leave out fsdp_config.cpu_ram_efficient_loading")
 
 
 def tell_apart(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from acformer.training.distributed import tell_apart, uses_fsdp
 from acformer.training.lora import add_adapters
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.trainer import Saver, freeze, learning_table
+from acformer.vision.load import placement
 
 BASE = "base"
 """In a stage's folder: what adapters are for, where the run has no other folder of it."""
@@ -50,7 +51,7 @@ def as_it_learns(model: Any, spec: StageSpec, args: TrainingArguments, checkpoin
         with torch.random.fork_rng(devices=[]):  # of the seed alone, whatever was loaded before
             torch.manual_seed(args.seed)
             add_adapters(model, spec.lora)
-        if checkpoint is not None and adapter_base(checkpoint) is not None:
+        if checkpoint is not None and adapter_base(checkpoint) is not None and not placement():
             load_adapter(model, checkpoint)
     tell_apart(model)
     return model, learning_table(model, spec.learning_rates)

@@ -34,6 +34,7 @@ from acformer.hf.checkpoints import latest_valid_checkpoint, load_model, save_tr
 from acformer.hf.quantize import check_bitsandbytes
 from acformer.training import run_folder
 from acformer.training.arguments import check_arguments, fitting, training_arguments
+from acformer.training.distributed import check_one_reader
 from acformer.training.elastic import ElasticBudget, elastic_choices
 from acformer.training.failures import explained
 from acformer.training.learner import as_it_learns, cast_frozen, check_base, half_precision, saver, write_base
@@ -66,6 +67,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         for stage, spec in todo.items():
             with translated(stage, UsageError, UsageError):
                 check_stage(spec, recipe.seed)
+                check_one_reader(
+                    cached=recipe.cache_features, elastic=spec.elastic is not None, quantize=spec.quantize is not None
+                )
         set_seed(recipe.seed)
         return _train_stages(recipe, todo, progress)
 
