@@ -23,8 +23,8 @@ from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.files import write_text
 from acformer.hf.auto_map import IS_INSTALLED, write_modules
-from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.budgets import visual_tokens
+from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.hf.head import LanguageModelHead
