@@ -230,6 +230,7 @@ def check_new_folder(folder: Path) -> None:
 
 def save_model(model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, folder: Path) -> None:
     """Write an ordinary model folder, whole or not at all.
+
     Raises:
         CheckpointError: the folder holds something already, or it cannot be written.
     """
