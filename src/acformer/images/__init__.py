@@ -32,8 +32,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from acformer.errors import ImageError
 from acformer.images.headers import HEADERS, orientation
+from acformer.images.stored import StoredImage
 
-FileSource = str | os.PathLike[str] | bytes | BinaryIO
+FileSource = str | os.PathLike[str] | bytes | BinaryIO | StoredImage
 ImageSource = FileSource | Image.Image
 
 
@@ -66,8 +67,8 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     """Read `source` completely and return a new image of mode RGB, size (width, height) as seen upright.
 
     `source` is a path, the file's bytes, a `data:image/...;base64,` URL, a binary file object (read from where it
-    stands, not closed), or an image that PIL has opened or made: then the same pixels come out as of its file, and it
-    stays as it is.
+    stands, not closed), a member of an archive (`StoredImage`), or an image that PIL has opened or made: then the same
+    pixels come out as of its file, and it stays as it is.
     PNG, JPEG, WEBP, GIF, BMP and TIFF are known by their first bytes, whatever the file is called. Of an
     animation or a multi-page file, the first frame. EXIF orientation is applied, transparency shows white,
     CMYK is converted, colour profiles are ignored. Grey of 16 bits is divided by 257; 32-bit integer grey is
@@ -103,6 +104,7 @@ def _name(source: ImageSource) -> str:
         return f"<{len(source)} bytes>"
     attribute = "filename" if isinstance(source, Image.Image) else "name"
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, attribute, None)
+    name = str(source) if isinstance(source, StoredImage) else name
     if not isinstance(name, (str, os.PathLike)) or not name:
         return f"<{type(source).__name__}>"
     if isinstance(name, str) and _is_data_url(name):
@@ -119,6 +121,8 @@ def _read(source: FileSource, max_bytes: int) -> bytes:
         data = bytes(source[: max_bytes + 1])
     elif isinstance(source, (str, os.PathLike)):
         data = _read_path(source, max_bytes + 1)
+    elif isinstance(source, StoredImage):
+        data = source.read(max_bytes + 1)
     elif callable(getattr(source, "read", None)):
         data = _read_file(source, max_bytes + 1)
     else:

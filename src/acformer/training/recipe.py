@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from acformer.data.entries import data_entries
 from acformer.errors import UsageError, unknown_name
 from acformer.training.lora import LoraSpec, check_adapters
 from acformer.training.strict_yaml import LIMIT, parse_yaml
@@ -67,6 +68,7 @@ class ModelSpec:
 class StageSpec:
     """One stage: its data, which modules learn and how fast, and `TrainingArguments` as they are.
 
+    data: one source or a list of them with weights (`acformer.data.entries`). packing: several samples in a row.
     template: for this stage's data only (`plain` in stage 1); default the model's. max_bad_fraction: of the
     records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
     many records of one image stand together in a batch, and the connector runs once for them. elastic: [low, high],
@@ -76,7 +78,7 @@ class StageSpec:
     alone.
     """
 
-    data: str
+    data: str | dict | list
     learning_rates: dict
     training: dict = field(default_factory=dict)
     template: str | None = None
@@ -85,6 +87,7 @@ class StageSpec:
     max_length: int = 2048
     group: int = 1
     elastic: list | None = None
+    packing: bool = False
     lora: LoraSpec | None = None
     quantize: str | None = None
     save: str = "model"
@@ -254,6 +257,9 @@ def _check_stage(stage: str, spec: StageSpec) -> None:
     for key in spec.training:
         if key in RESERVED:
             raise UsageError(f"{stage}.training.{key} does nothing here: {RESERVED[key].format(stage=stage)}")
+    data_entries(spec.data, spec.image_root, key=f"{stage}.data")
+    if spec.packing and spec.elastic is not None:
+        raise UsageError(f"{stage}.packing and {stage}.elastic do not go together: take one of them")
     for key in ("max_samples", "max_length", "group"):
         _check_range(f"{stage}.{key}", getattr(spec, key), 1)
     if spec.elastic is not None:

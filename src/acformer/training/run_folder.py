@@ -1,6 +1,5 @@
 """A run's folder: whose run is in it, what of it is done, what a checkpoint was trained on, whether there is room."""
 
-import hashlib
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from acformer.data.records import Samples, as_samples
 from acformer.data.samples import Sample
 from acformer.errors import CheckpointError, UsageError, translated
 from acformer.files import only_process, write_text
@@ -147,15 +147,10 @@ def _settings_until(recipe: Recipe, last: str, processes: Mapping[str, int]) -> 
     return values
 
 
-def trained_on(samples: Sequence[Sample], num_processes: int) -> dict[str, Any]:
+def trained_on(samples: Samples | Sequence[Sample], num_processes: int) -> dict[str, Any]:
     """What decides which samples a step has, beside the recipe: their content and order, and the processes."""
-    paths = [path for sample in samples for path in sample.images]
-    root = os.path.commonpath(paths) if paths else ""  # the data may have moved with its images
-    digest = hashlib.sha256()
-    for sample in samples:
-        names = [os.path.relpath(path, root) for path in sample.images]
-        digest.update(json.dumps([sample.id, sample.messages, names]).encode())
-    return {"samples": digest.hexdigest(), "num_samples": len(samples), "num_processes": num_processes}
+    samples = as_samples(samples)
+    return {"samples": samples.fingerprint(), "num_samples": len(samples), "num_processes": num_processes}
 
 
 def check_trained_on(checkpoint: Path, now: Mapping[str, Any], data: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +18,14 @@ from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from acformer.data.chat_format import check_template
-from acformer.data.collate import Collator, ConversationDataset, grouped
+from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
-from acformer.data.datasets import load_samples
+from acformer.data.datasets import named_dataset, open_samples
+from acformer.data.entries import data_entries, data_title
+from acformer.data.mixture import Mixture
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SKIPPED, SkipLog
+from acformer.data.sources import look_through
 from acformer.data.templates import resolve_template
 from acformer.errors import CheckpointError, UsageError, translated
 from acformer.fetch.embedded import cache_dir
@@ -33,6 +36,7 @@ from acformer.hf.build import build_model
 from acformer.hf.checkpoints import latest_valid_checkpoint, load_model, save_trained
 from acformer.hf.configuration_acformer import context_length
 from acformer.hf.quantize import check_bitsandbytes
+from acformer.images.stored import StoredImage
 from acformer.training import run_folder
 from acformer.training.arguments import check_arguments, fitting, training_arguments
 from acformer.training.distributed import check_one_reader
@@ -41,6 +45,7 @@ from acformer.training.failures import explained
 from acformer.training.learner import as_it_learns, cast_frozen, check_base, half_precision, saver, write_base
 from acformer.training.lora import check_peft, lora_targets
 from acformer.training.model_card import write_training_card
+from acformer.training.packed import check_packing, stage_packing
 from acformer.training.progress import ProgressLines, announced, is_terminal
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.trainer import AcFormerTrainer, check_modules
@@ -86,12 +91,12 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
             parts = load_model(str(folder))
             continue
         checkpoint = latest_valid_checkpoint(folder.parent, logger.warning) if recipe.resume else None
-        with announced(f"stage {stage}: reading {spec.data}"):
-            samples, skip_log = stage_samples(spec, folder.parent, checkpoint)
+        with announced(f"stage {stage}: reading {data_title(spec.data)}"):
+            samples, skip_log = stage_samples(spec, folder.parent, checkpoint, seed=recipe.seed)
             data = run_folder.trained_on(samples, PartialState().num_processes)
             data["samples_a_step"] = run_folder.samples_a_step(spec.training, PartialState().num_processes)
         if checkpoint is not None:
-            run_folder.check_trained_on(checkpoint, data, spec.data)
+            run_folder.check_trained_on(checkpoint, data, data_title(spec.data))
         if parts is None or checkpoint is not None:
             with announced(f"stage {stage}: loading the model"):
                 parts = first_model(recipe, stage, checkpoint)
@@ -122,15 +127,31 @@ def check_stage(spec: StageSpec, seed: int) -> None:
     if spec.quantize is not None:
         check_bitsandbytes()
     drops = spec.training.get("dataloader_drop_last", False)
-    limit = spec.max_samples if drops else 1
-    skip_log = SkipLog(max_bad_fraction=1.0)
-    samples = load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=limit)
+    is_named = all(named_dataset(entry.path) for entry in data_entries(spec.data))  # one that may have to be made
+    few = spec if drops or not is_named else replace(spec, max_samples=1)
+    samples = _open(few, seed, skip_log := SkipLog(max_bad_fraction=1.0))
+    look_through(samples, data_title(spec.data), skip_log)
+    if not drops:
+        return
     rows = spec.training.get("per_device_train_batch_size", 8) * PartialState().num_processes
-    if drops and len(grouped(samples, spec.group)) < rows:
+    if len(ConversationDataset(samples, None, group=spec.group)) < rows:
         raise UsageError(
             f"training.dataloader_drop_last would drop all there is: {len(samples)} samples do not fill a batch of "
             f"{rows}"
         )
+
+
+def _open(spec: StageSpec, seed: int, skip_log: SkipLog) -> Mixture:
+    """The stage's samples; of a stream, as many as its steps take."""
+    training, rows = spec.training, None
+    if data_entries(spec.data)[0].streaming and training.get("max_steps", -1) > 0:
+        if spec.group > 1 or training.get("train_sampling_strategy", "random") == "group_by_length":
+            raise UsageError("a stream is taken as it comes: leave group and train_sampling_strategy out")
+        rows = training["max_steps"] * training.get("per_device_train_batch_size", 8)
+        rows *= training.get("gradient_accumulation_steps", 1) * PartialState().num_processes
+    return open_samples(
+        spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples, seed=seed, num_rows=rows
+    )
 
 
 def _run(trainer: AcFormerTrainer, checkpoint: Path | None, processor: AcFormerProcessor, folder: Path) -> None:
@@ -161,17 +182,21 @@ def _complete_checkpoint(processor: AcFormerProcessor, skip_log: SkipLog, data: 
     write_text(checkpoint / run_folder.TRAINED_ON, json.dumps(data, indent=1))
 
 
-def stage_samples(spec: StageSpec, folder: Path, resumed: Path | None = None) -> tuple[list[Sample], SkipLog]:
-    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`.
+def stage_samples(
+    spec: StageSpec, folder: Path, resumed: Path | None = None, *, seed: int = 0
+) -> tuple[Mixture, SkipLog]:
+    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`, when they are reached.
 
-    resumed: a checkpoint; what was skipped on the way to it stays skipped.
+    resumed: a checkpoint; what was skipped on the way to it stays skipped. seed: of the order of a stream.
     """
     with PartialState().main_process_first():  # one makes the log, the others go on in it
         path, first = folder / SKIPPED, run_folder.is_first_process()
         skip_log = SkipLog(path, max_bad_fraction=spec.max_bad_fraction, fresh=first)
         if first and resumed is not None and (resumed / SKIPPED).exists():
             shutil.copy(resumed / SKIPPED, path)
-        return load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples), skip_log
+        samples = _open(spec, seed, skip_log)
+        look_through(samples, data_title(spec.data), skip_log)
+        return samples, skip_log
 
 
 def first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
@@ -198,7 +223,7 @@ def recipe_texts(recipe: Recipe) -> Iterator[str]:
     for spec in (recipe.pretrain, recipe.finetune):
         if spec is not None:
             skip_log = SkipLog(max_bad_fraction=spec.max_bad_fraction)
-            for sample in load_samples(spec.data, image_root=spec.image_root, skipped=skip_log):
+            for sample in _open(replace(spec, max_samples=None), recipe.seed, skip_log):
                 for message in sample.messages:
                     yield from split_at_images(message)
 
@@ -216,6 +241,8 @@ def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerP
         if spec.template is not None:
             own.chat_template = resolve_template(spec.template, processor.tokenizer)
         check_template(own)
+        if spec.packing:
+            check_packing(model)
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
@@ -229,7 +256,7 @@ def stage_trainer(
     stage: str,
     parts: Parts,
     encoding: tuple[AcFormerProcessor, ElasticBudget | None],
-    data: tuple[list[Sample], SkipLog],
+    data: tuple[Mixture, SkipLog],
     checkpoint: Path | None,
     progress: bool,
 ) -> AcFormerTrainer:
@@ -244,6 +271,7 @@ def stage_trainer(
     logger.info("stage %s: %d samples\n%s", stage, len(samples), table)
     dataset = ConversationDataset(samples, processor, max_length=_max_length(spec, model, stage), group=spec.group)
     features = cached_features((model, processor), samples, progress) if recipe.cache_features else None
+    packing = stage_packing(spec, model)
     half, dtype = half_precision(args), next(p.dtype for p in model.parameters() if p.requires_grad)
     cast_frozen(model, half)
     with translated(stage, UsageError, UsageError), fitting():
@@ -251,7 +279,7 @@ def stage_trainer(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=Collator(processor, features=features, skip_log=skip_log, dataset=dataset),
+            data_collator=Collator(processor, features=features, skip_log=skip_log, dataset=dataset, packing=packing),
             learning_rates=spec.learning_rates,
             budget=budget,
         )
@@ -293,5 +321,12 @@ def cached_features(
         hidden_layers=connector.hidden_layers,
         input_grid=connector.input_grid,
     )
-    cache.add((path for sample in samples for path in sample.images), progress=progress)
+    cache.add((image for sample in samples for image in _files_of(sample)), progress=progress)
     return cache
+
+
+def _files_of(sample: Sample) -> Iterator[Path | StoredImage]:
+    for image in sample.images:
+        if isinstance(image, bytes):
+            raise UsageError(f"cache_features knows images by their files, and {sample.file} holds them itself")
+        yield image

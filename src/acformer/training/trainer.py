@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from acformer.data.collate import ConversationDataset
 from acformer.data.lengths import LengthGroupedSampler
+from acformer.data.mixture import MixtureSampler
 from acformer.errors import CheckpointError, DataError, DivergedError, UsageError, translated
 from acformer.hf import AcFormerForConditionalGeneration
 from acformer.hf.checkpoints import keep_newest, write_manifest
@@ -143,15 +144,27 @@ class AcFormerTrainer(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Ours for `group_by_length`: the Trainer's wants items that are dicts and opens them all."""
+        """Ours for `group_by_length`, mixtures, streams: the Trainer's wants dicts and opens them all."""
         args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
-        if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, ConversationDataset):
+        if not isinstance(dataset, ConversationDataset):
+            return super()._get_train_sampler(train_dataset)
+        if dataset.is_stream:
+            return SequentialSampler(dataset)
+        mixture, by_length = dataset.mixture(), args.train_sampling_strategy == "group_by_length"
+        if not (mixture or by_length):
             return super()._get_train_sampler(train_dataset)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        with announced("estimating the lengths of the samples"):
-            lengths = dataset.lengths()
-        return LengthGroupedSampler(lengths, rows, seed, lambda: int(self.state.epoch or 0))
+        lengths = None
+        if by_length:
+            with announced("estimating the lengths of the samples"):
+                lengths = dataset.lengths()
+        if mixture:
+            return MixtureSampler(*mixture, seed, self._epoch, lengths, rows)
+        return LengthGroupedSampler(lengths or [], rows, seed, self._epoch)
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """The batches of a step, cut to its number of visual tokens; and the number of tokens that it learns.
