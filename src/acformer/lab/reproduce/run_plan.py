@@ -13,7 +13,7 @@ from acformer.files import write_text
 from acformer.hf.build import new_text_config
 from acformer.lab.reproduce.execute import Task
 from acformer.lab.reproduce.measured import Measured, student_t
-from acformer.lab.reproduce.plans import PROBES, Plan, chosen_rows
+from acformer.lab.reproduce.plans import PROBES, Plan, TableRow, chosen_rows
 from acformer.lab.reproduce.plot_scores import plot_scores
 from acformer.lab.reproduce.records import take_over
 from acformer.lab.reproduce.runs import (
@@ -65,9 +65,7 @@ def reproduce(
         where the scale needs one, no scipy. DataError: a record that cannot be read.
         AcFormerError: some runs failed (after all others were made and the table was written).
     """
-    chosen = chosen_rows(plan, connectors)
-    if unknown := set(budgets or ()) - set(plan.scale.budgets):
-        raise UsageError(f"scale {plan.scale.name!r} is at T = {[*plan.scale.budgets]}, not {min(unknown)}")
+    chosen = _chosen(plan, connectors, budgets)
     student_t(1)  # tells of a missing scipy now, not when everything is trained
     if plan.scale.needs_accelerator and not torch.accelerator.is_available():
         raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
@@ -78,7 +76,7 @@ def reproduce(
         fetch(plan.scale.fetch, progress=progress)
     cells = cells_of(plan)
     refuse_idle_overrides(plan, cells)
-    ours = [cell for cell in cells if cell.row in chosen and (not budgets or cell.budget in budgets)]
+    ours = [cell for cell in cells if (cell.row, cell.budget) in chosen]
     results = out / plan.folder
     runs = _missing((run for cell in ours for run in cell.runs), results)
     trials = _missing((trial for run in runs for trial in run.trials), results)
@@ -97,6 +95,14 @@ def reproduce(
             text = _write(plan, cells, results)
     _tell_failures([Measured.of(cell, results) for cell in ours], results)
     return text
+
+
+def _chosen(plan: Plan, connectors: Sequence[str] | None, budgets: Sequence[int] | None) -> list[tuple[TableRow, int]]:
+    """The rows, at the budgets, that are to be trained."""
+    if unknown := set(budgets or ()) - {*plan.scale.budgets, plan.scale.scaling_budget}:
+        raise UsageError(f"scale {plan.scale.name!r} is at T = {[*plan.scale.budgets]}, not {min(unknown)}")
+    every = budgets or (*plan.scale.budgets, plan.scale.scaling_budget)
+    return [(row, budget) for row in chosen_rows(plan, connectors) for budget in every]
 
 
 def _refuse_unfit_language_model(recipe: Recipe) -> None:
