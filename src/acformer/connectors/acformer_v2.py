@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from acformer.anchors.search import check_num_anchors
 from acformer.anchors.selectors import without_autocast
 from acformer.connectors.base import Geometry
+from acformer.connectors.blocks import CrossAttentionLayer, CrossAttentionStack
 from acformer.connectors.merging import take
 from acformer.connectors.queries import SelectedQueries
 from acformer.connectors.regnet import SqueezeExcite
@@ -61,6 +62,8 @@ class AcFormerV2Connector(Resampler):
     """
 
     source = SelectedQueries
+    queries: SelectedQueries
+    stack: CrossAttentionStack
 
     def __init__(
         self,
@@ -93,10 +96,10 @@ class AcFormerV2Connector(Resampler):
         seen = features if self.stem is None else self.stem(features)
         queries = self.placed_queries(features, seen, num_tokens)
         hidden, last = queries.vectors, len(self.stack.layers) - 1
-        codes = None if self.places is None else self.places.of_tokens(queries, hidden.dtype)  # (B, T, CODE)
-        if codes is not None:
-            hidden = hidden + self.places.to_queries(codes)
+        if self.places is not None:
+            hidden = hidden + self.places.to_queries(place_codes(queries, hidden.dtype))
         for number, layer in enumerate(self.stack.layers):
+            assert isinstance(layer, CrossAttentionLayer)
             added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
             hidden = hidden + layer.attention(hidden, seen.tokens, added_values=added)
             if number == last and self.mass is not None:
@@ -105,8 +108,8 @@ class AcFormerV2Connector(Resampler):
                 hidden = hidden + self.talk(hidden, queries)
             hidden = hidden + layer.feed_forward(hidden)
         hidden = self.stack.norm(hidden)
-        if codes is not None:
-            hidden = hidden + self.places.to_outputs(codes)
+        if self.places is not None:
+            hidden = hidden + self.places.to_outputs(place_codes(queries, hidden.dtype))
         return self.projector(hidden)
 
     def placed_queries(self, features: VisionFeatures, seen: VisionFeatures, num_tokens: int) -> Queries:
@@ -156,6 +159,11 @@ def place_code(places: Float[Tensor, "*B 2"]) -> Float[Tensor, "*B C"]:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
+def place_codes(queries: Queries, dtype: torch.dtype) -> Float[Tensor, "B T C"]:
+    """phi of the tokens' places, 0 for those that have none."""
+    return (place_code(queries.places) * queries.has_place.unsqueeze(-1)).to(dtype)
+
+
 def squared_distances(queries: Queries) -> Float[Tensor, "B T T"]:
     """T |p_i - p_j|^2, 1 for neighbours of an even grid; 0 where one of the two has no place."""
     difference = queries.places.unsqueeze(2) - queries.places.unsqueeze(1)  # (B, T, T, 2)
@@ -189,14 +197,10 @@ class PlaceCodes(nn.Module):
         self.to_values = nn.ModuleList(_zero_linear(CODE, inner) for _ in range(depth))
         self.to_outputs = _zero_linear(CODE, dim)
 
-    def of_tokens(self, queries: Queries, dtype: torch.dtype) -> Float[Tensor, "B T C"]:
-        """phi of the tokens' places, 0 for those that have none."""
-        return (place_code(queries.places) * queries.has_place.unsqueeze(-1)).to(dtype)
-
     def values(self, layer: int, features: VisionFeatures) -> Float[Tensor, "L I"]:
         """What is added to the values of all tokens in a layer: nothing to those of the prefix."""
-        weight = self.to_values[layer].weight
-        codes = place_code(centres(features.grid, weight.device)).to(weight.dtype)  # (N, CODE)
+        patches = features.patches
+        codes = place_code(centres(features.grid, patches.device)).to(patches.dtype)  # (N, CODE)
         return F.pad(self.to_values[layer](codes), (0, 0, features.num_prefix_tokens, 0))
 
 
