@@ -240,7 +240,9 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
 TABLES = {
     "table3": Table("Which connector answers best at the same number of visual tokens?", every_connector),
     "table4": Table(
-        "Direct in or aggregated; and is it the anchors, or any query that comes from the image?", every_selector
+        "Direct in or aggregated; and is it the anchors, or any query that comes from the image?",
+        every_selector,
+        against=("acformer-anchors",),
     ),
     "figure1": Table(
         "Accuracy against the time of a training step, and against the number of training samples",
