@@ -10,7 +10,7 @@ from typing import Any
 from acformer.lab.markdown import markdown_table
 from acformer.lab.reproduce.measured import AVERAGE, Measured, Score, mean_interval, percent, shown_scores
 from acformer.lab.reproduce.pairs import pairs_table
-from acformer.lab.reproduce.plans import Plan, Scale
+from acformer.lab.reproduce.plans import Plan
 
 
 def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
@@ -20,7 +20,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
         f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
-        f"{_rates(scale)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
+        f"{_rates(plan)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
         "*average* is the mean of the families, *blind* what is scored without a look at the image, in each family "
         "the better of the most frequent answers and, of questions about scenes, of a probe that sees nothing. *step* "
         "is the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
@@ -41,9 +41,13 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
 
 
-def _rates(scale: Scale) -> str:
+def _rates(plan: Plan) -> str:
     """How the connector's learning rate was found."""
+    scale, borrowers = plan.scale, [f"`{row.name}`" for row in plan.rows if row.rate_of]
     found = f"is the best of {len(scale.search.factors)} tried by every row for {scale.search.fraction:g} of the steps"
+    if borrowers:
+        lenders = ", ".join(sorted({f"`{row.rate_of}`" for row in plan.rows if row.rate_of}))
+        found += f" ({', '.join(borrowers)} made no search and take that of {lenders})"
     if scale.probe is None:
         return f"the connector's learning rate {found}."
     return (
