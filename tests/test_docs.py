@@ -218,3 +218,13 @@ def test_every_list_is_on_a_page(hooks):
     assert all(f".{connector.__qualname__}\n" in full for connector in CONNECTORS.values())
     assert full.count("Options: ") == len(CONNECTORS)
     assert "`num_queries=145`, `depth=6`" in full, "those of the stack too"
+
+
+def test_every_promise_is_held_by_a_test_that_there_is():
+    named, file = [], ""
+    for part, test in re.findall(r"`(\w*)::(\w+)`", (ROOT / "docs/promises.md").read_text()):
+        file = part or file
+        named.append((file, test))
+    assert len(named) > 70
+    texts = {file: (ROOT / "tests" / f"{file}.py").read_text() for file, _ in named}
+    assert [one for one in named if f"def {one[1]}(" not in texts[one[0]]] == []

@@ -16,6 +16,7 @@ from acformer.errors import DataError, ImageError
 from acformer.evaluate.families import MEASURES, Reply, blind_replies, family_scores
 from acformer.evaluate.generate import answer, ask
 from acformer.evaluate.report import as_reply, evaluate, evaluation_samples, training_questions
+from acformer.evaluate.resume import resumed
 from acformer.evaluate.scorers import (
     accuracy_by_kind,
     bootstrap,
@@ -301,3 +302,50 @@ def test_a_bootstrap_of_many_groups_is_drawn_piece_by_piece(monkeypatch):
     whole = bootstrap(counts, lambda sums: sums[..., 0], draws=50)
     monkeypatch.setattr("acformer.evaluate.scorers.MAX_PICKS", 300)
     assert bootstrap(counts, lambda sums: sums[..., 0], draws=50) == whole
+
+
+def test_an_evaluation_that_was_stopped_goes_on(parts, data, tmp_path, monkeypatch):
+    import acformer.evaluate.report as report
+
+    asked: list[list[str]] = []
+
+    def stopping_answer(model, processor, samples, **options):
+        asked.append([sample.id for sample in samples])
+        for number, said in enumerate(answer(model, processor, samples, **options)):
+            if len(asked) < 3 and number == 2 - len(asked):
+                raise KeyboardInterrupt
+            yield said
+
+    whole = evaluate(parts, str(data), tmp_path / "whole", progress=False)
+    monkeypatch.setattr(report, "answer", stopping_answer)
+    out = tmp_path / "out"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(parts, str(data), out, progress=False)
+        assert not (out / "predictions.jsonl").exists()
+    scores = evaluate(parts, str(data), out, progress=False)
+    assert asked == [list("01234"), list("1234"), list("1234")]
+    assert scores | {"seconds": 0} == whole | {"seconds": 0}
+    assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "whole/predictions.jsonl").read_bytes()
+    assert not (out / "predictions.partial.jsonl").exists()
+    evaluate(parts, str(data), out, progress=False)
+    assert asked[-1] == list("01234"), "what is finished is answered anew"
+
+
+def test_answers_of_another_evaluation_are_not_gone_on_from(tmp_path):
+    path = tmp_path / "partial.jsonl"
+
+    def answers(start):
+        yield from ("a", "b", "c")[start:]
+
+    stopped = resumed(path, {"weights": "1"}, answers)
+    assert [next(stopped), next(stopped)] == ["a", "b"]
+    stopped.close()
+    path.write_bytes(path.read_bytes() + b'"half')
+    assert list(resumed(path, {"weights": "1"}, lambda start: [f"from {start}"])) == ["a", "b", "from 2"]
+    stopped = resumed(path, {"weights": "1"}, answers)
+    next(stopped)
+    stopped.close()
+    assert list(resumed(path, {"weights": "2"}, lambda start: [f"from {start}"])) == ["from 0"]
+    path.write_text("not JSON\n")
+    assert list(resumed(path, {}, lambda start: [f"from {start}"])) == ["from 0"]

@@ -63,18 +63,19 @@ def test_embeddings_stand_in_for_ids(model, beams):
         model.generate(**without, **options)
 
 
-def test_a_dialogue_goes_on_from_the_cache():
-    """The pictures that it holds are not needed again; a new one is."""
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_dialogue_goes_on_from_the_cache(name):
+    """The pictures that it holds are not needed again; a new one is. Either name, whatever transformers calls it."""
     model = tiny.model()
     inputs, cache = tiny.inputs(TWO, tiny.pictures([1, 2])), DynamicCache()
-    first = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    first = model.generate(**inputs, **GREEDY, **{name: cache})
     ids = torch.cat([first, tiny.tokenizer()("And?", return_tensors="pt")["input_ids"]], 1)
     longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     said = model.generate(**longer, pixel_values=inputs["pixel_values"], **GREEDY)
     ids = torch.cat([ids, torch.tensor([[model.config.image_token_id]])], 1)
     with pytest.raises(ValueError, match="hold 1 image tokens but the images give 0"):
-        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
-    assert torch.equal(model.generate(**longer, past_key_values=cache, **GREEDY), said)
+        model.generate(ids, attention_mask=torch.ones_like(ids), **{name: cache}, **GREEDY)
+    assert torch.equal(model.generate(**longer, **{name: cache}, **GREEDY), said)
 
 
 def test_a_gated_model_needs_the_pictures_beside_the_cache():

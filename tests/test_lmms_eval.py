@@ -22,6 +22,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make test-l
 
 from acformer.benchmarks import BENCHMARKS
 from acformer.benchmarks.answers import Question
+from acformer.benchmarks.hub import open_folder
 from acformer.benchmarks.records import Folder
 from acformer.benchmarks.run import evaluate_benchmark
 from acformer.benchmarks.score import read_answered, score_answers
@@ -276,7 +277,9 @@ def test_several_images_and_until(tmp_path, model_folder):
     for doc in docs:
         content = [*[{"type": "image"} for _ in doc["images"]], {"type": "text", "text": doc["text"]}]
         samples.append(Sample("", ({"role": "user", "content": content},), tuple(map(Path, doc["images"]))))
-    texts = list(answer(tiny.model(), tiny.processor(), samples, max_new_tokens=6, progress=False))
+    model = tiny.model(seed=3)  # whose answers differ much
+    model.save_pretrained(model_folder)
+    texts = list(answer(model, tiny.processor(), samples, max_new_tokens=6, progress=False))
     log = BENCHMARKS["gqa"].read_answers(run_task(tmp_path / "a", model_folder, docs))
     assert [one.text for one in log] == texts
     assert len({*texts}) > 3
@@ -313,3 +316,25 @@ def test_a_data_set_in_parquet(tmp_path):
     assert (result["num_questions"], result["num_images"], result["unreadable_images"]) == (4, 4, 0)
     predictions = tmp_path / "out/pope/5-tokens/predictions.jsonl"
     assert score_answers(read_answered("pope", predictions, root))["score"] == result["score"]
+
+
+def test_a_data_set_of_the_hub_by_name(tmp_path, monkeypatch):
+    """What is downloaded are parquet files in folders of splits; the part that is named is what counts."""
+    import datasets
+    import huggingface_hub
+
+    for split, answer_ in (("test", "yes"), ("dev", "no")):
+        row = {"id": "1", "question_id": "1", "question": "Is there a dog?", "answer": answer_, "category": "random"}
+        (tmp_path / "data").mkdir(exist_ok=True)
+        table = datasets.Dataset.from_list([{**row, "image_source": "COCO_1"}])
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    asked = []
+
+    def download(repo, **options):
+        asked.append((repo, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    questions = BENCHMARKS["pope"].questions(open_folder(Path("lmms-lab/POPE@dev")))
+    assert [question.answers for question in questions] == [("no",)]
+    assert asked == [("lmms-lab/POPE", {"repo_type": "dataset", "allow_patterns": "*dev*.parquet"})]

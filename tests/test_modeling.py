@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from acformer.connectors import build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerModel, AcFormerProcessor
+from acformer.hf.cache_name import CACHE
 
 ONE = "USER: <image>\nWhat? ASSISTANT:"
 TWO = "USER: <image> and <image>\nWhich is it? ASSISTANT:"
@@ -67,6 +68,16 @@ def test_loss_is_the_mean_over_the_labels(model, batch):
     output = model(**batch, labels=labels)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_step_goes_on_from_the_cache(model, name):
+    inputs = tiny.inputs(ONE, tiny.picture())
+    whole = model(**inputs)
+    start = {**inputs, "input_ids": inputs["input_ids"][:, :-2], "attention_mask": inputs["attention_mask"][:, :-2]}
+    rest = model(input_ids=inputs["input_ids"][:, -2:], **{name: model(**start)[CACHE]})
+    torch.testing.assert_close(rest.logits, whole.logits[:, -2:])
+    assert rest[CACHE].get_seq_length() == inputs["input_ids"].shape[1]
 
 
 def test_gradient_accumulation_gives_the_loss_of_the_whole_batch(model, batch):

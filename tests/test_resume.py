@@ -89,9 +89,10 @@ def test_another_number_of_processes_is_noticed(stopped, recipe):  # noqa: F811
     again, checkpoint = stopped()
     then = json.loads((checkpoint / TRAINED_ON).read_text())
     assert then["num_processes"] == 1
-    (checkpoint / TRAINED_ON).write_text(json.dumps({**then, "num_processes": 2}))
+    assert then["samples_a_step"] == 4
+    (checkpoint / TRAINED_ON).write_text(json.dumps({**then, "num_processes": 2, "samples_a_step": 8}))
     write_manifest(checkpoint)
-    with pytest.raises(UsageError, match="is of a run with 2 processes, and this one has 1: start as many"):
+    with pytest.raises(UsageError, match="of a run with 2 processes and 8 samples a step, and this one has 1 and 4"):
         train(recipe(*again), progress=False)
 
 

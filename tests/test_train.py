@@ -126,6 +126,22 @@ def test_cached_features_train_the_same_model(recipe, tmp_path):
     assert losses["cached"] == pytest.approx(losses["live"], rel=2e-2)
 
 
+def test_samples_are_cut_at_the_language_models_context(recipe, caplog, monkeypatch):
+    from acformer.training import stages
+
+    lengths = []
+
+    class Watched(stages.ConversationDataset):
+        def __init__(self, *args, max_length, **options):
+            lengths.append(max_length)
+            super().__init__(*args, max_length=max_length, **options)
+
+    monkeypatch.setattr(stages, "ConversationDataset", Watched)
+    train(recipe("finetune.max_length=200"), progress=False)
+    assert lengths == [256, 200]
+    assert "stage pretrain: samples are cut at the language model's context of 256 tokens, not at" in caplog.text
+
+
 def test_a_group_asks_several_questions_about_a_picture_encoded_once(recipe, data, tmp_path):
     records = json.loads((data / "questions.json").read_text())
     (data / "twice.json").write_text(json.dumps(records + records))

@@ -4,6 +4,7 @@ A canary is a file that any code which comes along with a folder would touch; st
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -562,3 +563,37 @@ def test_context_length(kind, fields, expected):
 
 def test_context_length_of_a_whole_model():
     assert context_length(tiny.config()) == 1024
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "message"),
+    [
+        ("config.json", ("text_config", "output_hidden_states"), "x", "output_hidden_states of its text_config is 'x'"),
+        ("config.json", ("vision_config", "output_hidden_states"), 0.5, "of its vision_config is 0.5, not true or"),
+        ("config.json", ("text_config", "return_dict"), {}, "return_dict of its text_config is {}, not true or false"),
+        ("config.json", ("vision_config", "num_attention_heads"), -1, "num_attention_heads of its vision_config is -1"),
+        ("generation_config.json", ("output_hidden_states",), {"a": 1}, "of its generation_config is {'a': 1}"),
+        ("generation_config.json", ("bos_token_id",), {}, "bos_token_id of its generation_config is {}, not the id"),
+        ("generation_config.json", ("eos_token_id",), [1, "x"], "eos_token_id of its generation_config is [1, 'x']"),
+    ],
+)
+def test_fields_of_a_saved_model_that_are_none(tmp_path, file, path, value, message):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / file).read_text())
+    inner = fields
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (tmp_path / file).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_model(str(tmp_path))
+
+
+def test_outputs_are_read_by_name_whatever_a_config_says(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.processor().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["text_config"]["return_dict"] = None
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert ask(*load_model(str(tmp_path)), tiny.picture(), "hi", max_new_tokens=2) is not None

@@ -65,6 +65,23 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def located(folder: Path, name: str) -> str:
+    """Another folder as a file in `folder` names it: `../x` is meant from there, anything else stays as it is."""
+    return str((folder / name).resolve()) if name.startswith(".") else name
+
+
+def naming(folder: Path, name: str, within: Path) -> str:
+    """How a file in `folder` names another folder: what moves with it (inside `within`) by the way there, else whole.
+
+    A name that is no folder here (a hub's) stays as it is.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    is_inside = path.resolve().is_relative_to(within.resolve())
+    return Path(os.path.relpath(path, folder)).as_posix() if is_inside else str(path.resolve())
+
+
 def flush_to_disk(path: Path) -> None:
     """What was written is on the disk afterwards (Windows wants the file open for writing)."""
     with path.open("rb+") as file:
@@ -75,7 +92,7 @@ def flush_to_disk(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """One process or thread at a time; the system frees the lock of a process that dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -93,6 +110,8 @@ def only_process(path: Path) -> Iterator[None]:
         yield
     finally:
         if file is not None:
+            if fcntl is None:
+                file.close()  # Windows removes no file that is open
             path.unlink(missing_ok=True)
             file.close()
             if not any(path.parent.iterdir()):
@@ -102,7 +121,7 @@ def only_process(path: Path) -> Iterator[None]:
 def _lock_file(path: Path) -> IO[str] | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     except OSError:
         return None
     try:

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def processor() -> str:
     model = _proc("cpuinfo").get("model name") or platform.processor() or "processor unknown"
     memory = _proc("meminfo").get("MemTotal")
     return f"{model}, {int(memory.split()[0]) / 2**20:.0f} GiB" if memory else model
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held so far, as the system counts it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def device_name(device: torch.device) -> str:

@@ -104,13 +104,19 @@ def _sort_keys(scores: Float[Tensor, "B H N"]) -> Int[Tensor, "B H N"]:
     """
     num_patches = scores.shape[-1]
     minus_index = torch.arange(0, -num_patches, -1, device=scores.device)  # (N,)
+    if torch.onnx.is_in_onnx_export():  # which knows no bits of a float, and lets the lower index go first among equals
+        return _scattered(scores.topk(num_patches).indices, minus_index)
     if scores.dtype == torch.float64:  # 64 bits leave no room for the index beside them
-        order = scores.detach().neg().argsort(dim=-1, stable=True)
-        return torch.empty_like(order).scatter_(-1, order, minus_index.expand_as(order))
+        return _scattered(scores.detach().neg().argsort(dim=-1, stable=True), minus_index)
     bits, least = scores.float().view(torch.int32), torch.iinfo(torch.int32).min
     # `least - bits` turns the order of the negative floats round, and maps -0.0, whose bits are `least`, to 0.
     rank = torch.where(bits < 0, least - bits, bits).masked_fill(scores.isnan(), least)
     return torch.add(minus_index, rank, alpha=num_patches)  # rank * N - index, in int64
+
+
+def _scattered(order: Int[Tensor, "B H N"], keys: Int[Tensor, " N"]) -> Int[Tensor, "B H N"]:
+    """The greatest key at the index that comes first."""
+    return torch.empty_like(order).scatter_(-1, order, keys.expand_as(order))
 
 
 def _has_kernel(scores: Tensor) -> bool:

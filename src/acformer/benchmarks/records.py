@@ -30,16 +30,19 @@ MAX_DEPTH = 6
 class Folder:
     """A folder (or a single file, or a `.zip`) in which a benchmark's files are looked for by their published names."""
 
-    def __init__(self, root: Path, *, images: bool = False):
-        """images: whether those that lie in tables will be asked for."""
+    def __init__(self, root: Path, *, images: bool = False, only: str = "*"):
+        """images: whether those that lie in tables will be asked for. only: the paths in it that count."""
         if not root.exists():
             raise DataError(f"{root}: there is no such file or folder")
-        self.root, self.images = root, images
+        self.root, self.images, self.only = root, images, only
 
     @cached_property
     def files(self) -> list[File]:
         """All files in it, in order of their paths, those in `.zip` files included."""
-        return list(_walk(self.root))
+        return [file for file in _walk(self.root) if self.only == "*" or self._counts(file)]
+
+    def _counts(self, file: File) -> bool:
+        return fnmatch(str(file).removeprefix(str(self.root)).lstrip(os.sep), self.only)
 
     @property
     def single(self) -> File | None:

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from acformer.benchmarks import BENCHMARKS
 from acformer.benchmarks.answers import Answer, Question
 from acformer.benchmarks.benchmark import LLAVA, Benchmark
+from acformer.benchmarks.hub import open_folder
 from acformer.benchmarks.image_files import Source, find_images
 from acformer.benchmarks.processes import Processes
-from acformer.benchmarks.records import Folder, read_json
+from acformer.benchmarks.records import read_json
 from acformer.benchmarks.score import Answered, score_answers
 from acformer.data.lengths import estimated_length
 from acformer.data.samples import Sample
@@ -30,13 +30,12 @@ from acformer.errors import DataError, ImageError
 from acformer.evaluate.generate import answer
 from acformer.files import locked, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.publish import weights_fingerprint
 
 Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 Line = dict[str, Any]
 SAME_LENGTH = 8
 """Prompts that differ by fewer tokens count as of one length, so that an image's questions stay together."""
-NUM_SAMPLED = 64
-"""So many values of each weight, or a few more, tell a model from another."""
 NUM_TIMED = 5
 """Questions of which the time to the first token is measured."""
 
@@ -58,7 +57,7 @@ def evaluate_benchmark(
     """Answer a benchmark at each number of visual tokens, and score the answers.
 
     Args:
-        root: the folder of its published files, images among them.
+        root: the folder of its published files, images among them; or a data set of the hub, see `hub.open_folder`.
         out: answers and scores go to `OUT/NAME[-first-LIMIT]/TOKENS-tokens`. What is there is not answered again.
         budgets: numbers of visual tokens an image; None is the model's own.
         model_name: by which answers of another model are told apart from this one's.
@@ -73,7 +72,7 @@ def evaluate_benchmark(
         UsageError: a number of visual tokens that the connector cannot give.
     """
     benchmark = BENCHMARKS[name]
-    folder = Folder(root, images=True)
+    folder = open_folder(root, images=True)
     questions = benchmark.questions(folder)[:limit]
     images = find_images(folder, questions)
     place = out / (name if limit is None else f"{name}-first-{limit}")
@@ -150,7 +149,7 @@ class Job:
         settings = {
             "benchmark": self.benchmark.name,
             "model": model_name,
-            "weights": _fingerprint(self.parts[0]),
+            "weights": weights_fingerprint(self.parts[0]),
             "visual_tokens": self.visual_tokens,
             "max_new_tokens": self.max_new_tokens,
             "dtype": str(self.parts[0].dtype),
@@ -253,15 +252,6 @@ class Job:
                 continue
             times.append(1000 * (time.perf_counter() - started))
         return round(statistics.median(times[1:]), 1) if len(times) > 1 else None
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Of the weights: a model that was trained on has another."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // NUM_SAMPLED)]
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_lines(path: Path) -> dict[int, Line]:

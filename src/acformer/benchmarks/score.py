@@ -14,6 +14,7 @@ from acformer.benchmarks import BENCHMARKS
 from acformer.benchmarks.answers import Answer, Question, match
 from acformer.benchmarks.benchmark import LLAVA, PROTOCOLS, Benchmark, Measure
 from acformer.benchmarks.blind import blind_texts
+from acformer.benchmarks.hub import open_folder
 from acformer.benchmarks.records import Folder
 from acformer.errors import DataError, UsageError, unknown_name
 from acformer.evaluate.scorers import Sums, bootstrap, sum_by_group
@@ -64,7 +65,8 @@ def read_answered(name: str, answers: Path, truth: Path | None = None, protocol:
     """A file of answers and the questions that they are to.
 
     Args:
-        truth: a folder of the benchmark's published files, or the file with the answers; by default the answers' own
+        truth: a folder of the benchmark's published files, a data set of the hub (see `hub.open_folder`), or the file
+            with the answers; by default the answers' own
             table if it holds them, else the folder in which it lies.
 
     Raises:
@@ -73,7 +75,7 @@ def read_answered(name: str, answers: Path, truth: Path | None = None, protocol:
     """
     benchmark = BENCHMARKS[name]
     holds_truth = answers.is_dir() or answers.suffix in (".xlsx", ".zip")
-    folder = Folder(truth or (answers if holds_truth else answers.parent))
+    folder = open_folder(truth or (answers if holds_truth else answers.parent))
     all_questions, given = benchmark.questions(folder), benchmark.read_answers(answers)
     if not all_questions:
         raise DataError(f"{folder.root} holds no questions of {name}")

@@ -14,9 +14,17 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("eval", parents=[common], help="answer a data set and score the answers")
     add_model(sub, max_new_tokens=None, tokens=numbers)
-    names = "easy-vqa, openmoji-scenes[-small][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
+    names = (
+        "easy-vqa, openmoji-scenes[-small|-hard][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
+    )
     sub.add_argument("--data", default="easy-vqa", help=f"{names} (default easy-vqa)")
-    sub.add_argument("--root", type=Path, help="the folder of the images; of a benchmark, that of its published files")
+    sub.add_argument(
+        "--root",
+        "--image-root",
+        dest="root",
+        type=Path,
+        help="the folder of the images; of a benchmark, that of its published files or a hub data set",
+    )
     sub.add_argument("--protocol", default="llava", help="of a benchmark: llava (default), lmms-eval or official")
     sub.add_argument("--out", type=Path, help="where predictions and scores go (default: under MODEL/eval)")
     sub.add_argument("--limit", type=positive, help="only the first questions")
@@ -46,6 +54,9 @@ def run(arguments: argparse.Namespace) -> str:
         max_new_tokens=arguments.max_new_tokens or 16,
         progress=not arguments.quiet,
     )
+    from acformer.evaluate.card_scores import record_scores
+
+    record_scores(arguments.model, scores)
     sys.stderr.write(f"predictions: {out / 'predictions.jsonl'}\n")
     return json.dumps(scores, indent=1)
 
@@ -83,5 +94,9 @@ def _benchmark(arguments: argparse.Namespace) -> str:
         protocol=arguments.protocol,
         progress=not arguments.quiet,
     )
+    from acformer.evaluate.card_scores import record_scores
+
+    for result in results:
+        record_scores(arguments.model, result)
     sys.stderr.write(f"predictions and scores: {out}\n")
     return "\n\n".join([*map(score_text, results[:1]), budget_table(results)]) if results else ""

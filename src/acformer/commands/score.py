@@ -21,7 +21,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="LLaVA's, lmms-eval's log of samples, our predictions.jsonl, or what was uploaded to a test server",
     )
     sub.add_argument(
-        "--truth", type=Path, help="folder of the benchmark's published files, or the one file (default: the answers')"
+        "--truth",
+        type=Path,
+        help="folder of the benchmark's published files, the one file, or a hub data set (default: the answers')",
     )
     sub.add_argument("--protocol", default="llava", help="llava (default, as the paper), lmms-eval or official")
     sub.add_argument("--against", type=Path, help="another file of answers: the paired difference of the two")

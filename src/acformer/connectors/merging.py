@@ -25,8 +25,9 @@ def merge_rest(patches: Float[Tensor, "B N D"], index: Int[Tensor, "B K"], num: 
     """
     size = patches.shape[1] - index.shape[1]  # N - K
     free = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device).scatter(1, index, 0)  # (B, N)
-    # Sorting the ones first, in order, gives their indices without waiting for the device, as `nonzero` would.
-    rest = take(patches, free.argsort(dim=-1, descending=True, stable=True)[:, :size])  # (B, N-K, D)
+    # The ones first, in order: their indices without waiting for the device, as `nonzero` would. No two keys are equal.
+    keys = free * patches.shape[1] - torch.arange(patches.shape[1], device=patches.device)  # (B, N)
+    rest = take(patches, keys.topk(size, dim=-1).indices)  # (B, N-K, D)
     target = torch.arange(num, device=patches.device) * size // num  # (M,), the same places in every image's rest
     unit = F.normalize(rest.float(), dim=-1)
     joins_itself = torch.arange(size, device=patches.device).unsqueeze(-1) == target  # (N-K, M)

@@ -1,5 +1,6 @@
 """One evaluation from beginning to end: answers, scores, files."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -13,9 +14,11 @@ from acformer.data.skip_log import SkipLog
 from acformer.errors import DataError
 from acformer.evaluate.families import Reply, blind_replies, family_scores
 from acformer.evaluate.generate import Features, answer
+from acformer.evaluate.resume import resumed
 from acformer.evaluate.scorers import accuracy_by_kind, interval
-from acformer.files import whole_file, write_text
+from acformer.files import locked, whole_file, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.publish import weights_fingerprint
 
 
 def evaluation_samples(data: str, limit: int | None = None, image_root: Path | None = None) -> list[Sample]:
@@ -43,6 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer `data`, write `predictions.jsonl` and `scores.json` under `out`, return the scores.
 
+    One that was stopped goes on behind the answers that it has left in `out`, if model and questions are the same.
+
     accuracy (exact match), interval (95 %, bootstrap over pictures), accuracy_by_kind, num_questions, num_images,
     blind_accuracy (see `blind_replies`), num_image_tokens of num_vision_tokens, seconds; with questions of families
     that have a measure also families and average (see `family_scores`).
@@ -50,18 +55,30 @@ def evaluate(
     model, processor = parts
     samples = evaluation_samples(data, limit, image_root)
     started = time.monotonic()
-    answers = answer(
-        model,
-        processor,
-        samples,
-        features=features,
-        num_visual_tokens=num_visual_tokens,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    replies = write_predictions(samples, answers, out / "predictions.jsonl")
+    settings = {
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype),
+        "visual_tokens": num_visual_tokens or model.model.connector.num_tokens,
+        "max_new_tokens": max_new_tokens,
+        "template": processor.chat_template,
+        "questions": _fingerprint(samples),
+    }
+
+    def answers(start: int) -> Iterable[str]:
+        return answer(
+            model,
+            processor,
+            samples[start:],
+            features=features,
+            num_visual_tokens=num_visual_tokens,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+
+    with locked(out / ".lock"):  # of two evaluations in one folder the second waits for the first
+        said = resumed(out / "predictions.partial.jsonl", settings, answers)
+        replies = write_predictions(samples, said, out / "predictions.jsonl")
     scores = {
         **score_replies(data, replies),
         "num_images": len({path for sample in samples for path in sample.images}),
@@ -71,6 +88,14 @@ def evaluate(
     }
     write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return scores
+
+
+def _fingerprint(samples: Sequence[Sample]) -> str:
+    """Of what is asked about which images, and of the right answers."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.id, sample.messages, sample.images], default=str).encode())
+    return digest.hexdigest()
 
 
 def score_replies(data: str, replies: Sequence[Reply]) -> dict[str, Any]:

@@ -7,7 +7,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from acformer.connectors import Connector, Geometry, build_connector
+from acformer.hf.auto_map import AUTO_MAP
+from acformer.hf.budgets import runs
 from acformer.hf.fusion import FUSIONS
+from acformer.hf.public_names import public_name
+from acformer.hf.publish import Published
 from acformer.registry import check_value
 from acformer.untrusted import check_config
 from acformer.vision.families import image_size, num_prefix_tokens, patch_grid
@@ -25,7 +29,7 @@ FIELD_TYPES = {
 """What the fields of a config may be when they are given."""
 
 
-class AcFormerConfig(PreTrainedConfig):
+class AcFormerConfig(Published, PreTrainedConfig):
     """Image encoder + connector + language model.
 
     vision_config, text_config: configs (or their dicts) of the two Hugging Face models; default CLIP and Llama.
@@ -64,6 +68,14 @@ class AcFormerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # The head belongs to the language model: its config alone says whether it shares the embeddings.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.auto_map = dict(AUTO_MAP)  # whatever code a folder names as its own
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without the folders from which encoder and language model were read."""
+        values = super().to_dict()
+        for part in filter(lambda part: isinstance(part, dict), map(values.get, self.sub_configs)):
+            part["_name_or_path"] = public_name(part.get("_name_or_path"))
+        return values
 
     @property
     def geometry(self) -> Geometry:
@@ -78,16 +90,21 @@ class AcFormerConfig(PreTrainedConfig):
     @property
     def num_placeholders(self) -> int:
         """What one image costs in the prompt: the connector's T under `concat`, 1 under `gated_cross_attention`."""
-        return FUSIONS[self.fusion].count_placeholders(self._connector().num_tokens)
+        return FUSIONS[self.fusion].count_placeholders(self.build_connector().num_tokens)
+
+    @property
+    def budgets(self) -> list[tuple[int, int]]:
+        """The numbers of visual tokens that its connector can give, as runs (first, last)."""
+        return runs(self.build_connector().budgets)
 
     @property
     def num_vision_tokens(self) -> int:
         """P + N: what the encoder gives, of which T remain."""
-        h, w = self._connector().input_grid
+        h, w = self.build_connector().input_grid
         return self.geometry.num_prefix_tokens + h * w
 
-    def _connector(self) -> Connector:
-        """The connector without its memory."""
+    def build_connector(self) -> Connector:
+        """The connector without its memory: to ask it what it is and gives."""
         with torch.device("meta"):
             return build_connector(self.connector, self.geometry, **self.connector_kwargs)
 

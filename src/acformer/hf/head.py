@@ -6,7 +6,7 @@ in the place of its body.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,17 +14,24 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from acformer.errors import UsageError
+from acformer.hf.cache_name import CACHE
 
-REQUIRED = {"inputs_embeds", "attention_mask", "past_key_values"}
+REQUIRED = {"inputs_embeds", "attention_mask", CACHE}
 """What the body of a language model must take: visual tokens among the embeddings, padding, a KV cache."""
+
+UNFIT = {
+    "deepseek_v4": "routes tokens to experts by the ids that visual tokens do not have",
+    "minimax": "keeps a KV cache of its own kind, which generation with visual tokens does not make",
+}
+"""Language models that take embeddings, but cannot do with them alone."""
 
 
 def body_name(model: PreTrainedModel) -> str:
     """The name under which a causal language model holds what `AutoModel` gives of it: `model`, `transformer`, ...
 
     Raises:
-        UsageError: it is not a decoder of text alone that takes embeddings in place of ids and keeps a KV cache, or
-            its embeddings are of another width than its hidden states.
+        UsageError: it is not a decoder of text alone that takes embeddings in place of ids and keeps a KV cache, its
+            embeddings are of another width than its hidden states, or an encoder (BERT) is not set to decode.
     """
     kind, config = type(model).__name__, model.config
     body_class: Any = AutoModel._model_mapping.get(type(config), nn.Module)
@@ -35,6 +42,10 @@ def body_name(model: PreTrainedModel) -> str:
             f"{kind} is not a language model that can read visual tokens: that is a decoder of text alone which takes "
             "embeddings in place of ids and keeps a KV cache, as Llama, Qwen, Gemma, Phi and GPT-2 are"
         )
+    if config.model_type in UNFIT:
+        raise UsageError(f"{kind} cannot read visual tokens: it {UNFIT[config.model_type]}")
+    if getattr(config, "is_decoder", None) is False and "encoder_hidden_states" in takes:
+        raise UsageError(f"{kind} reads both ways as it is configured, so it cannot generate: set is_decoder to true")
     width = model.get_input_embeddings().weight.shape[1]
     if width != config.hidden_size:
         raise UsageError(f"{kind} has embeddings of width {width} but hidden states of width {config.hidden_size}")
@@ -71,17 +82,11 @@ class LanguageModelHead:
         return f"model.language_model.{rest}" if part == self.body else name
 
 
-@dataclass
-class _Hidden(ModelOutput):
-    """What any body returns, of which a head wants the first."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-    router_logits: Any = None
-    shared_kv_states: Any = None
+RETURNED = (
+    "last_hidden_state", CACHE, "hidden_states", "attentions", "cross_attentions", "router_logits", "shared_kv_states",
+)  # fmt: skip
+_Hidden = make_dataclass("_Hidden", [(name, Any, None) for name in RETURNED], bases=(ModelOutput,))
+"""What any body returns, of which a head wants the first."""
 
 
 class _LanguageModel:
@@ -98,7 +103,7 @@ class _Body:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def __call__(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Hidden:
+    def __call__(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> ModelOutput:
         return _Hidden(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:

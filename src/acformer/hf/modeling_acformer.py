@@ -8,6 +8,7 @@ visual tokens that may stand beside the text.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,14 +21,20 @@ from transformers.utils.generic import can_return_tuple
 
 from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
+from acformer.files import write_text
+from acformer.hf.auto_map import IS_INSTALLED, write_modules
+from acformer.hf.budgets import visual_tokens
+from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
 from acformer.hf.head import LanguageModelHead
+from acformer.hf.publish import CARD, Published, card_of, weights_fingerprint
+from acformer.hf.skipped_modules import with_full_names
 from acformer.untrusted import refuse_files_outside
 from acformer.vision.encoder import encode, hidden_layer_blocks, prepare
 from acformer.vision.features import VisionFeatures
 
-KEPT = ("last_hidden_state", "past_key_values", "hidden_states", "attentions")
+KEPT = ("last_hidden_state", CACHE, "hidden_states", "attentions")
 """What of a language model's output is passed on; some have more (BERT's `pooler_output`)."""
 BODY = ("model.", "vision_tower.", "connector.", "language_model.", "fusion.")
 """How the weights begin that are not the head's, in the checkpoint of a whole model and in `AcFormerModel`'s own."""
@@ -47,14 +54,14 @@ class AcFormerCausalLMOutput(CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
-class AcFormerPreTrainedModel(PreTrainedModel):
+class AcFormerPreTrainedModel(Published, PreTrainedModel):
     """What transformers needs to know about our modules: what they support, how they are initialised."""
 
     config: AcFormerConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -82,13 +89,27 @@ class AcFormerPreTrainedModel(PreTrainedModel):
         shapes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("trust_remote_code", False)
+        if "quantization_config" in kwargs:
+            kwargs["quantization_config"] = with_full_names(kwargs["quantization_config"])
         if name is not None:
             refuse_files_outside(name)
         kwargs |= {"ignore_mismatched_sizes": shapes_may_differ or strict, "output_loading_info": True}
         model, report = super().from_pretrained(name, *args, **kwargs)
         if strict:
             _refuse_wrong_keys(cls, name, report, shapes_may_differ)
+        model.loaded_card = card_of(model, name)
         return (model, report) if want_report else model
+
+    def _complete(self, folder: Path) -> None:
+        """The card with which these very weights were loaded, or a new one; none beside an adapter alone."""
+        write_modules(folder)
+        card = getattr(self, "loaded_card", {})
+        if card and card["weights"] == weights_fingerprint(self):
+            write_text(folder / CARD, card["text"])
+        elif IS_INSTALLED and not getattr(self, "_hf_peft_config_loaded", False):
+            from acformer.hf.card import write_card
+
+            write_card(folder, self.config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,7 +130,8 @@ class AcFormerPreTrainedModel(PreTrainedModel):
         with torch.device("cpu"):
             built = _tensors(build_connector(self.config.connector, connector.geometry, **self.config.connector_kwargs))
         for name, value in waiting.items():
-            init.copy_(value, built[name])
+            if name in built:  # a quantised layer has buffers of its own
+                init.copy_(value, built[name])
 
 
 def _tensors(connector: Connector) -> dict[str, Tensor]:
@@ -164,7 +186,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """The encoder's output, with the visual tokens in `pooler_output`: a list of one (T, E) per image.
@@ -174,7 +196,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
             vision_features: instead of pixels, what `get_vision_features` gave, or a dict: tokens (U, P+N, D),
                 cls_attention (U, H, N), hidden_layers (U, K, P+N, D) and, where prompts share pictures, image_index
                 (images,) into the U.
-            num_visual_tokens: another T than the connector's own, where it is elastic.
+            num_visual_tokens: another T than the connector's own, where it is elastic; or one for each image.
         """
         if vision_features is not None:
             features = self.as_features(vision_features)
@@ -183,10 +205,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
             output, features = self._encode(pixel_values, **kwargs)
         else:
             raise ValueError("give pixel_values or vision_features")
-        tokens = self.connector(features, num_visual_tokens)
-        if isinstance(vision_features, Mapping) and "image_index" in vision_features:
-            tokens = tokens[vision_features["image_index"]]
-        output.pooler_output = list(tokens)
+        index = vision_features.get("image_index") if isinstance(vision_features, Mapping) else None
+        output.pooler_output = visual_tokens(self.connector, features, index, num_visual_tokens)
         return output
 
     def _encode(self, pixel_values: Any, **kwargs: Any) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
@@ -217,14 +237,16 @@ class AcFormerModel(AcFormerPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
         cross_attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> AcFormerModelOutput:
         """Images to visual tokens, then the language model with these in its sequence or beside it (see `fusion`).
 
+        past_key_values, cache: one thing under the names of older and newer versions of transformers.
         cross_attention_states, cross_attention_mask: what `images_by_row` gave, for a fusion that reads the images at
         every step, in place of the images.
         """
@@ -251,14 +273,14 @@ class AcFormerModel(AcFormerPreTrainedModel):
         output = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values if cache is None else cache},
             **told,
             **kwargs,
         )
-        visual_tokens = None if image_output is None else torch.cat(list(image_output.pooler_output))
+        image_states = None if image_output is None else torch.cat(list(image_output.pooler_output))
         known = {name: output[name] for name in KEPT if name in output}
-        return AcFormerModelOutput(**known, image_hidden_states=visual_tokens)
+        return AcFormerModelOutput(**known, image_hidden_states=image_states)
 
     def images_by_row(self, image_output: BaseModelOutputWithPooling, places: Tensor) -> dict[str, Tensor]:
         """What `forward` takes in place of the images at each step of a generation from a prompt with these places."""
@@ -331,7 +353,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
     ) -> Any:
         """As transformers', and two more ways to give the images; image tokens without images are refused.
 
-        Under `concat`, those that `past_key_values` hold need no images again.
+        Under `concat`, those that `past_key_values` (or `cache`, its newer name) hold need no images again.
 
         Args:
             vision_features: encoder output instead of `pixel_values` (see `AcFormerModel.get_image_features`).
@@ -349,7 +371,9 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
                 output = self.get_image_features(pixels, vision_features=vision_features, num_visual_tokens=budget)
             kwargs["mm_encoder_outputs"] = {"image": output}
         given = kwargs.get("mm_encoder_outputs")
-        ids, cache = kwargs.get("input_ids", inputs), kwargs.get("past_key_values")
+        if (cache := given_cache(kwargs)) is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name not in (OLD, NEW)} | {CACHE: cache}
+        ids = kwargs.get("input_ids", inputs)
         embeds: Any = kwargs.get("inputs_embeds")
         if ids is None and embeds is None:
             return super().generate(inputs, *args, **kwargs)
@@ -401,11 +425,12 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | Tensor | None = None,
         supervised_only: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
         cross_attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> AcFormerCausalLMOutput:
         """Logits and, with labels, the loss.
@@ -416,8 +441,8 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             labels: (B, L), -100 where nothing is learned; the loss is a mean over the others, or a sum divided by
                 `num_items_in_batch` when the trainer passes it.
             vision_features: encoder output instead of `pixel_values` (see `get_image_features`).
-            num_visual_tokens: T for this call, where the connector is elastic; under `concat` the prompt holds as many.
-            cross_attention_states, cross_attention_mask: see `AcFormerModel.forward`.
+            num_visual_tokens: T of this call, or (images,), where the connector is elastic; the prompt must fit.
+            cross_attention_states, cross_attention_mask, cache: see `AcFormerModel.forward`.
             supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
                 without the other rows of the vocabulary's product, and without a KV cache: for training.
 
@@ -431,7 +456,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             num_visual_tokens=num_visual_tokens,
@@ -441,8 +466,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        rest = dict(output)
-        hidden = rest.pop("last_hidden_state")[:, kept, :]
+        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :]
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
         logits = self.head(self, hidden)

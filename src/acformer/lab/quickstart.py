@@ -1,7 +1,6 @@
 """`acformer quickstart`: from nothing to answers about images, and a report that says what it took."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from acformer.data.sources import Sample
+from acformer.evaluate.card_scores import record_scores
 from acformer.evaluate.generate import ask
 from acformer.evaluate.report import evaluate, evaluation_samples, question_text
 from acformer.fetch.embedded import fetch
@@ -17,6 +17,7 @@ from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.checkpoints import load_model
 from acformer.images import load_image
+from acformer.provenance import peak_resident_bytes
 from acformer.training.recipe import load_recipe
 from acformer.training.stages import train
 from acformer.viz import draw_anchors, find_anchors
@@ -39,13 +40,14 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
     with _timed(phases, "evaluate"):
         parts = load_model(str(folder))
         scores = evaluate(parts, "easy-vqa", out, limit=limit, progress=progress)
+        record_scores(str(folder), scores)
     with _timed(phases, "ask and draw"):
         shown = [_show(parts, sample, out) for sample in _three(evaluation_samples("easy-vqa", limit))]
     report = {
         **scores,
         "seconds": round(sum(seconds for phase, seconds in phases.items() if phase != "fetch"), 1),
         "seconds_per_phase": {phase: round(seconds, 1) for phase, seconds in phases.items()},
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_gib": round(peak_resident_bytes() / 2**30, 2),
         "model": str(folder),
         "predictions": str(out / "predictions.jsonl"),
         "asked": shown,

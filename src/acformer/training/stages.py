@@ -31,17 +31,24 @@ from acformer.errors import CheckpointError, UsageError, translated
 from acformer.fetch.embedded import cache_dir
 from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.adapters import adapter_base
 from acformer.hf.build import build_model
 from acformer.hf.checkpoints import latest_valid_checkpoint, load_model, save_trained
+from acformer.hf.configuration_acformer import context_length
+from acformer.hf.quantize import check_bitsandbytes
 from acformer.images.stored import StoredImage
 from acformer.training import run_folder
 from acformer.training.arguments import check_arguments, fitting, training_arguments
+from acformer.training.distributed import check_one_reader
 from acformer.training.elastic import ElasticBudget, elastic_choices
 from acformer.training.failures import explained
+from acformer.training.learner import as_it_learns, cast_frozen, check_base, half_precision, saver, write_base
+from acformer.training.lora import check_peft, lora_targets
+from acformer.training.model_card import write_training_card
 from acformer.training.packed import check_packing, stage_packing
 from acformer.training.progress import ProgressLines, announced, is_terminal
 from acformer.training.recipe import Recipe, StageSpec
-from acformer.training.trainer import AcFormerTrainer, check_modules, freeze
+from acformer.training.trainer import AcFormerTrainer, check_modules
 from acformer.vision.feature_cache import FeatureCache
 
 logger = logging.getLogger("acformer")
@@ -66,7 +73,10 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         todo = {stage: spec for stage, spec in recipe.stages() if not run_folder.is_done(recipe, stage)}
         for stage, spec in todo.items():
             with translated(stage, UsageError, UsageError):
-                _check_stage(spec, recipe.seed)
+                check_stage(spec, recipe.seed)
+                check_one_reader(
+                    cached=recipe.cache_features, elastic=spec.elastic is not None, quantize=spec.quantize is not None
+                )
         set_seed(recipe.seed)
         return _train_stages(recipe, todo, progress)
 
@@ -84,26 +94,38 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
         with announced(f"stage {stage}: reading {data_title(spec.data)}"):
             samples, skip_log = stage_samples(spec, folder.parent, checkpoint, seed=recipe.seed)
             data = run_folder.trained_on(samples, PartialState().num_processes)
+            data["samples_a_step"] = run_folder.samples_a_step(spec.training, PartialState().num_processes)
         if checkpoint is not None:
             run_folder.check_trained_on(checkpoint, data, data_title(spec.data))
         if parts is None or checkpoint is not None:
             with announced(f"stage {stage}: loading the model"):
-                parts = _first_model(recipe, stage, checkpoint)
+                parts = first_model(recipe, stage, checkpoint)
         if processors is None:
-            processors = {name: _stage_processor(recipe, name, parts) for name in todo}
+            processors = {name: stage_processor(recipe, name, parts) for name in todo}
             run_folder.check_room(recipe.output, parts[0], todo)
         run_folder.claim(recipe, stage)
-        trainer = _trainer(recipe, stage, parts, processors[stage], samples, skip_log, progress)
+        if run_folder.is_first_process():
+            write_base(recipe, stage, parts)
+        trainer = stage_trainer(recipe, stage, parts, processors[stage], (samples, skip_log), checkpoint, progress)
         trainer.complete = partial(_complete_checkpoint, parts[1], skip_log, data)
         _run(trainer, checkpoint, parts[1], folder)
+        config = parts[0].config
+        if trainer.model is not parts[0] or trainer.save_weights or trainer.saved_dtype:
+            parts = None  # the next stage starts from what was saved
         logger.info("stage %s: %d records read, %d skipped", stage, skip_log.offered, skip_log.skipped)
+        if run_folder.is_first_process():
+            write_training_card(folder, config, recipe, stage)
         logger.info("stage %s: model saved in %s", stage, folder)
     return folder
 
 
-def _check_stage(spec: StageSpec, seed: int) -> None:
+def check_stage(spec: StageSpec, seed: int) -> None:
     """What can be told of a stage before anything is built."""
     check_arguments(spec, seed)
+    if spec.lora is not None:
+        check_peft()
+    if spec.quantize is not None:
+        check_bitsandbytes()
     drops = spec.training.get("dataloader_drop_last", False)
     is_named = all(named_dataset(entry.path) for entry in data_entries(spec.data))  # one that may have to be made
     few = spec if drops or not is_named else replace(spec, max_samples=1)
@@ -177,14 +199,14 @@ def stage_samples(
         return samples, skip_log
 
 
-def _first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
+def first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
     """What the first stage of this call starts from: its checkpoint, a given model, stage 1's result, or new parts.
 
     A new tokenizer is the checkpoint's: it would be another one where the data has changed since.
     """
     has_processor = checkpoint is not None and (checkpoint / "tokenizer_config.json").exists()
     if checkpoint is not None and has_processor and any(checkpoint.glob("*.safetensors")):  # a sharded one has none
-        return load_model(str(checkpoint))
+        return load_model(adapter_base(checkpoint) or str(checkpoint))  # adapters are not merged to be trained
     after_pretrain = recipe.output / "pretrain" / "model"
     if recipe.from_model is not None:
         return load_model(recipe.from_model)
@@ -206,13 +228,16 @@ def recipe_texts(recipe: Recipe) -> Iterator[str]:
                     yield from split_at_images(message)
 
 
-def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
+def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
     """The processor that encodes a stage's samples, and the stage's budget; `UsageError` if model and stage differ."""
     model, processor = parts
     spec: StageSpec = getattr(recipe, stage)
     own, budget = copy.copy(processor), None
     with translated(stage, UsageError, UsageError):
         check_modules(model, spec.learning_rates)
+        if spec.lora is not None:
+            lora_targets(model, spec.lora.targets)
+            check_base(recipe, stage)
         if spec.template is not None:
             own.chat_template = resolve_template(spec.template, processor.tokenizer)
         check_template(own)
@@ -226,23 +251,29 @@ def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormer
     return own, budget
 
 
-def _trainer(
+def stage_trainer(
     recipe: Recipe,
     stage: str,
     parts: Parts,
     encoding: tuple[AcFormerProcessor, ElasticBudget | None],
-    samples: Mixture,
-    skip_log: SkipLog,
+    data: tuple[Mixture, SkipLog],
+    checkpoint: Path | None,
     progress: bool,
 ) -> AcFormerTrainer:
-    (model, _), (processor, budget) = parts, encoding
+    """Of a stage of the recipe: the model as it learns there, its data in batches, what is saved.
+
+    encoding: of `stage_processor`. data: of `stage_samples`. checkpoint: to go on from.
+    """
+    (model, _), (processor, budget), (samples, skip_log) = parts, encoding, data
     spec: StageSpec = getattr(recipe, stage)
-    logger.info("stage %s: %d samples\n%s", stage, len(samples), freeze(model, spec.learning_rates))
     args = training_arguments(spec, recipe.output / stage, recipe.seed, progress and is_terminal())
-    model.to(args.device)
-    dataset = ConversationDataset(samples, processor, max_length=spec.max_length, group=spec.group)
-    features = cached_features(parts, samples, progress) if recipe.cache_features else None
+    model, table = as_it_learns(model, spec, args, checkpoint)
+    logger.info("stage %s: %d samples\n%s", stage, len(samples), table)
+    dataset = ConversationDataset(samples, processor, max_length=_max_length(spec, model, stage), group=spec.group)
+    features = cached_features((model, processor), samples, progress) if recipe.cache_features else None
     packing = stage_packing(spec, model)
+    half, dtype = half_precision(args), next(p.dtype for p in model.parameters() if p.requires_grad)
+    cast_frozen(model, half)
     with translated(stage, UsageError, UsageError), fitting():
         trainer = AcFormerTrainer(
             model=model,
@@ -252,10 +283,26 @@ def _trainer(
             learning_rates=spec.learning_rates,
             budget=budget,
         )
+    trainer.save_weights = saver(recipe, stage, model)
+    trainer.saved_dtype = dtype if half is not None else None
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log to stdout
     if progress and not is_terminal():
         trainer.add_callback(ProgressLines())
     return trainer
+
+
+def _max_length(spec: StageSpec, model: AcFormerForConditionalGeneration, stage: str) -> int:
+    """The recipe's, or the language model's context where that is shorter: it knows no places behind it."""
+    context = context_length(model.config)
+    if context is None or context >= spec.max_length:
+        return spec.max_length
+    logger.warning(
+        "stage %s: samples are cut at the language model's context of %d tokens, not at max_length %d",
+        stage,
+        context,
+        spec.max_length,
+    )
+    return context
 
 
 def cached_features(

@@ -20,7 +20,6 @@ from acformer.vision.cls_attention import record_row
 from acformer.vision.families import encoder_family, num_prefix_tokens, patch_grid, patch_size
 from acformer.vision.features import VisionFeatures
 from acformer.vision.library import library_model
-from acformer.vision.load import load_tower
 from acformer.vision.recording import THREAD, Recording, record_blocks
 
 
@@ -72,6 +71,8 @@ def load_vision_encoder(
             library that is not installed.
         CheckpointError: no model under that name, or weights that do not match the architecture.
     """
+    from acformer.vision.load import load_tower  # here, so that a model brings none of it along
+
     tower = load_tower(model, dtype) if isinstance(model, str) else model
     if not isinstance(tower, PreTrainedModel):
         tower = library_model(tower)
@@ -126,7 +127,7 @@ def _features(
     tokens, row, prefix = recording.tokens[len(blocks)], recording.row, num_prefix_tokens(config)
     if tokens.shape[1] != prefix + grid[0] * grid[1]:
         raise UsageError(
-            f"the encoder gives {tokens.shape[1]} tokens for {grid[0]} x {grid[1]} patches, where its line in "
+            f"the encoder gives {tokens.shape[1]} tokens for {grid[0]} x {grid[1]} patches, where its entry in "
             f"acformer.vision.families says {prefix} + {grid[0] * grid[1]}: "
             "its patches are not in their places, or another number of tokens stands before them"
         )

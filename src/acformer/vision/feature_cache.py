@@ -270,8 +270,10 @@ class FeatureCache:
         if _text(self.folder / "index.txt") != index:
             _replace(self.folder / "index.txt", index)
         for name in DTYPES:
-            if self._file(name).exists():
-                os.truncate(self._file(name), len(self.rows) * self._row_bytes(name) if name in self.shapes else 0)
+            size = len(self.rows) * self._row_bytes(name) if name in self.shapes else 0
+            # Windows truncates no file that anybody has mapped, not even to the size that it has.
+            if self._file(name).exists() and self._file(name).stat().st_size != size:
+                os.truncate(self._file(name), size)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.bin"

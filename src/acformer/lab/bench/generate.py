@@ -15,6 +15,7 @@ from acformer.connectors import Connector
 from acformer.connectors.queries import SelectedQueries
 from acformer.connectors.resampler import QueryConnector
 from acformer.hf import AcFormerForConditionalGeneration
+from acformer.hf.cache_name import CACHE
 from acformer.lab.bench.presets import build_connectors, random_model
 from acformer.lab.bench.roofline import (
     cls_row_flops,
@@ -82,7 +83,7 @@ def parts(
         ("prefill", 1): Variant(lambda: model(inputs_embeds=embeddings, logits_to_keep=1), prefill_flops, weights),
         ("first token", 1): Variant(lambda: answer(pixel_values=pixels), all_flops, connector_weights + weights),
     }
-    cache = answer(vision_features=features).past_key_values
+    cache = answer(vision_features=features)[CACHE]
     for batch in settings.batch:
         found["token", batch] = generation(model, cache, prompt.shape[1], batch, settings)
     return found
@@ -115,7 +116,7 @@ def generation(
 
     def run() -> None:
         for _ in range(STEPS):
-            model(input_ids=ids, past_key_values=own, logits_to_keep=1)
+            model(input_ids=ids, cache=own, logits_to_keep=1)
         own.crop(-STEPS)
 
     past = length + (STEPS - 1) / 2

@@ -5,7 +5,7 @@ Every N is a child process with a limit to its memory, so that what does not fit
 
 import copy
 import math
-import resource
+import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -89,13 +89,17 @@ def limited_memory(limit: int, device: torch.device) -> Iterator[None]:
             share = (torch.cuda.memory_reserved(device) + limit) / torch.cuda.mem_get_info(device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         elif addresses.exists():
-            taken = int(addresses.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+            import resource  # not on Windows
+
+            taken = int(addresses.read_text(encoding="ascii").split()[0]) * mmap.PAGESIZE
             resource.setrlimit(resource.RLIMIT_AS, (taken + limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         yield
     finally:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
         elif addresses.exists():
+            import resource
+
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 

@@ -1,0 +1,1 @@
+"""A model for those who do not have this package: its code beside its weights, or its vision half as one graph."""
