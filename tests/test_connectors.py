@@ -72,6 +72,8 @@ def pick(patches: Tensor, index: Tensor) -> Tensor:
 def test_shape_is_num_tokens(name, geometry, make_features):
     connector = small(name, geometry)
     assert connector(make_features(connector, batch=3)).shape == (3, connector.num_tokens, 24)
+    grid = connector.input_grid  # one that reads a smaller image counts its patches
+    assert connector.num_tokens <= geometry.num_prefix_tokens + grid[0] * grid[1]
 
 
 @geometries
@@ -123,6 +125,13 @@ def test_images_do_not_see_each_other(name, make_features):
     last = features._replace(**{key: value[2:] for key, value in features.arrays.items()})
     # Measured at most 6e-8 in outputs up to 2.4; another matmul may sum one image in another order than three.
     torch.testing.assert_close(connector(features)[2:], connector(last), rtol=0, atol=2e-6)
+
+
+@names
+def test_what_comes_out_depends_on_the_image(name, make_features):
+    connector = small(name)
+    first, second = connector(make_features(connector, seed=1)), connector(make_features(connector, seed=2))
+    assert (first - second).abs().amax(dim=(0, 2)).min() > 1e-4, "of every visual token"
 
 
 @names

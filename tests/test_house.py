@@ -98,7 +98,7 @@ def imported(*arguments: str) -> set[str]:
 
 
 COMMANDS = ["quickstart", "fetch", "train", "eval", "score", "ask", "anchors", "visualize", "stats", "demo"]
-COMMANDS += ["connectors", "selectors", "bench", "reproduce", "plan", "export"]
+COMMANDS += ["connectors", "selectors", "bench", "reproduce", "plan", "export", "serve", "convert", "merge"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

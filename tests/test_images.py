@@ -1,5 +1,6 @@
 """`load_image`: one test a promise, by pixel value, and a mutation fuzz: an RGB image or `ImageError`."""
 
+import base64
 import os
 import random
 import struct
@@ -158,10 +159,47 @@ def test_32_bit_grey(kind, values, expected):
     assert row(encode(Image.fromarray(np.array([values], kind)), "TIFF")) == [(v,) * 3 for v in expected]
 
 
-@pytest.mark.parametrize("url", ["http://h/a.png", "HTTPS://h/a", "file:///a", "s3://b/a", "data:image/png,A"])
+@pytest.mark.parametrize("url", ["http://h/a.png", "HTTPS://h/a", "file:///a", "s3://b/a", "gopher://h/a"])
 def test_urls_are_off(url):
     with pytest.raises(ImageError, match="remote URLs are off, download it first: "):
         load_image(url)
+
+
+def data_url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def test_a_data_url_is_its_file():
+    clear = encode(Image.new("RGBA", (3, 2), (255, 0, 0, 0)), "PNG")
+    for url in (data_url(clear), data_url(clear, "JPEG"), data_url(clear).replace("data:image", "DATA:Image")):
+        assert load_image(url).tobytes() == load_image(clear).tobytes()
+
+
+OTHERS = ["data:image/png", "data:text/plain;base64", "data:", "data:image/png;charset=x;base64"]
+
+
+@pytest.mark.parametrize("head", OTHERS)
+def test_other_data_urls_are_refused(head):
+    content = base64.b64encode(encode(Image.new("RGB", (3, 2)), "PNG")).decode()
+    with pytest.raises(ImageError, match=r"not a data:image/\.\.\.;base64, URL: <data: URL of \d+ characters>"):
+        load_image(f"{head},{content}")
+    with pytest.raises(ImageError, match="not a data"):
+        load_image(head)
+
+
+def test_data_urls_have_the_limits_of_files():
+    png = encode(Image.new("RGB", (3, 2)), "PNG")
+    for size in range(len(png) - 3, len(png)):
+        with pytest.raises(ImageError, match=f"larger than the limit of {size} bytes"):
+            load_image(data_url(png), limits=ImageLimits(max_bytes=size))
+    assert load_image(data_url(png), limits=ImageLimits(max_bytes=len(png))).size == (3, 2)
+    with pytest.raises(ImageError, match="pixels: <data: URL"):
+        load_image(data_url(encode(Image.new("RGB", (40, 30)), "PNG")), limits=ImageLimits(max_pixels=1000))
+    for content in ("%%%%", "abc", "iVBORw0KGgo", "a b=", "\u00e4aaa"):
+        with pytest.raises(ImageError, match="not base64"):
+            load_image(f"data:image/png;base64,{content}")
+    with pytest.raises(ImageError, match="empty"):
+        load_image("data:image/png;base64,")
 
 
 def test_not_a_readable_file(tmp_path):

@@ -391,8 +391,3 @@ def test_what_is_wrong_is_one_line(parts, arguments, message, capsys):
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
-
-
-def test_adapters_are_not_trained_as_if_they_were_not_there(capsys):
-    assert cli.main(["train", "tiny", "finetune.lora={}"]) == 2
-    assert "finetune: lora and quantize can be planned (acformer plan), not yet trained" in capsys.readouterr().err

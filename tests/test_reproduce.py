@@ -22,8 +22,9 @@ from acformer.connectors import CONNECTORS, Geometry, build_connector, list_conn
 from acformer.connectors.mlp import MLPConnector
 from acformer.errors import AcFormerError, DataError, UsageError
 from acformer.hf.build import build_model
-from acformer.lab.reproduce import execute, plot_scores, run_plan, runs
+from acformer.lab.reproduce import execute, pairs, plot_scores, run_plan, runs
 from acformer.lab.reproduce.execute import Task, answer_loss
+from acformer.lab.reproduce.measured import Measured, mean_interval, student_t
 from acformer.lab.reproduce.plans import (
     SCALES,
     TABLES,
@@ -38,7 +39,7 @@ from acformer.lab.reproduce.plans import (
 from acformer.lab.reproduce.run_plan import reproduce
 from acformer.lab.reproduce.runs import Timing, cells_of, job_path, refuse_idle_overrides, row_options
 from acformer.lab.reproduce.schedule import run_tasks
-from acformer.lab.reproduce.tables import Measured, mean_interval, student_t, table_text
+from acformer.lab.reproduce.tables import table_text
 from acformer.lab.reproduce.variants import shortened, with_factor, with_fraction
 from acformer.training.recipe import ModelSpec, load_recipe
 from acformer.training.stages import train
@@ -550,6 +551,41 @@ def test_a_table_shows_means_intervals_and_what_did_not_learn(page, tmp_path):
     assert (tmp_path / "figure.svg").read_text() == svg
 
 
+def with_kinds(name, values):
+    """Rows with seeds and kinds: {seed: (accuracy, of one kind, of another)}."""
+    cell = measured(name, [])
+    for seed, (accuracy, near, far) in values.items():
+        made = record(accuracy, seed=seed)
+        made["scores"]["d"]["accuracy_by_kind"] = {"far": far, "near": near}
+        cell.records.append(made)
+    return cell
+
+
+def test_rows_are_compared_seed_by_seed_and_by_kind(page):
+    base = with_kinds("acformer", {0: (0.80, 0.7, 0.5), 1: (0.84, 0.8, 0.5), 2: (0.82, 0.9, 0.5)})
+    other = with_kinds("mlp", {1: (0.86, 0.8, 0.6), 2: (0.83, 0.9, 0.4), 0: (0.83, 0.7, 0.5), 7: (0.1, 0, 0)})
+    assert pairs.common_seeds(other, base) == [0, 1, 2]
+    found = pairs.difference(other, base, "d")
+    assert found.values == pytest.approx([0.03, 0.02, 0.01])
+    half = 4.303 * 0.01 / math.sqrt(3)
+    assert (found.mean, found.half) == pytest.approx((0.02, half), rel=1e-3)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3), 2 degrees of freedom
+    text = table_text(page, [base, other])
+    (line,) = (line for line in text.splitlines() if line.startswith("| `mlp` | +2.0"))
+    assert line == "| `mlp` | +2.0 ± 2.5 | 0.074 | +3.0, +2.0, +1.0 | +0.0 ± 24.8 | +0.0 ± 0.0 |"
+    assert "| less `acformer` | average | p | seed by seed | far | near |" in text
+    assert "| `acformer` | 50.0 ± 0.0 | 80.0 ± 24.8 |" in text, "accuracy by kind"
+
+
+def test_without_a_pair_there_is_no_comparison(page):
+    alone = with_kinds("acformer", {0: (0.8, 0.7, 0.5)})
+    assert pairs.pairs_table([alone, with_kinds("mlp", {1: (0.8, 0.7, 0.5)})], "acformer", "d") == ""
+    assert pairs.pairs_table([alone], "acformer", "d") == ""
+    once = pairs.pairs_table([alone, with_kinds("mlp", {0: (0.9, 0.7, 0.5)})], "acformer", "d")
+    assert "| `mlp` | +10.0 |  | +10.0 | +0.0 | +0.0 |" in once, "of one seed neither interval nor p"
+    assert math.isnan(pairs.paired_p([0.1, 0.1, 0.1]))
+
+
 def test_rows_that_were_not_timed_are_left_out_of_the_first_panel(page, tmp_path, monkeypatch):
     panels = []
 
@@ -637,14 +673,60 @@ def test_tables_come_from_the_registries():
     assert chosen_rows(plan_for("table3", "cpu"), ["top_p"]) == (TableRow("direct", "direct"),)
 
 
-@pytest.mark.parametrize("table", TABLES)
+RECORDED = ("table3", "table4", "figure1")
+LATER = {"acformer_v2"}
+"""Connectors that are younger than the records: they need not have a row there."""
+
+
+@pytest.mark.parametrize("table", RECORDED)
 def test_records_of_connectors_by_their_former_names_are_recognised(table, monkeypatch):
     """All that `results/` holds of the tables: nothing is trained again because it is called otherwise now."""
     monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (12, 12), 1))
     records = Path(__file__).parents[1].glob("results/*-cpu/*/*.json")
     known = {json.loads(path.read_text())["fingerprint"] for path in records}
-    made = [run for cell in cells_of(plan_for(table, "cpu")) for run in cell.runs]
+    cells = [cell for cell in cells_of(plan_for(table, "cpu")) if cell.row.connector not in LATER]
+    made = [run for cell in cells for run in cell.runs]
+    assert len(made) > 40
     assert [job.name for run in made for job in (run, Timing(run), *run.trials) if job.fingerprint not in known] == []
+
+
+def test_rows_of_another_table_are_those_runs(monkeypatch):
+    """The rivals of `successor` at the old scale are table 3's: the same fingerprints, so they are taken over."""
+    monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (12, 12), 1))
+    marks = [
+        {cell.row.name: [run.fingerprint for run in cell.runs] for cell in cells_of(plan_for(table, "cpu"))}
+        for table in ("table3", "successor")
+    ]
+    shared = marks[0].keys() & marks[1].keys() - LATER
+    assert {"acformer", "c_abstractor", "mlp"} <= shared
+    assert all(marks[0][name] == marks[1][name] for name in shared)
+
+
+def test_a_row_may_take_over_the_search_of_another(plan, tmp_path):
+    """Its trials are the other row's, which are made once; its own fingerprint says so."""
+    mine = TableRow("mine", "acformer", {"selector": "norm"}, rate_of="acformer")
+    first, second = cells_of(replace(plan, rows=(ROWS[0], mine)))
+    assert [trial.name for trial in second.runs[1].trials] == ["acformer-T5-x0.5", "acformer-T5-x2"]
+    assert [t.fingerprint for t in second.runs[1].trials] == [t.fingerprint for t in first.runs[0].trials]
+    (own,) = cells_of(replace(plan, rows=(replace(mine, rate_of=""),)))
+    assert own.runs[0].trials[0].name == "mine-T5-x0.5"
+    assert own.runs[0].fingerprint != second.runs[0].fingerprint
+    (lost,) = cells_of(replace(plan, rows=(replace(mine, rate_of="acfomer"),)))
+    assert "did you mean 'acformer'" in lost.error
+
+
+def test_a_row_is_chosen_by_its_name_before_its_connectors():
+    plan = plan_for("successor", "cpu-hard")
+    assert [row.name for row in chosen_rows(plan, ["acformer_v2", "mlp"])] == ["mlp", "acformer_v2"]
+    assert [row.name for row in chosen_rows(plan, ["acformer+talk"])] == ["acformer+talk"]
+    table4 = [row.name for row in chosen_rows(plan_for("table4", "cpu"), ["direct"])]
+    assert len(table4) > 3
+    assert all(name.startswith("direct-") for name in table4)
+
+
+def test_only_budgets_of_the_scale(plan, tmp_path):
+    with pytest.raises(UsageError, match=r"scale 'mini' is at T = \[5\], not 6"):
+        reproduce(plan, tmp_path, budgets=[5, 6])
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)

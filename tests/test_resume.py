@@ -54,11 +54,12 @@ def same(a: dict, b: dict) -> bool:
 
 def test_data_that_was_changed_in_place_is_noticed(stopped, recipe, own_data):  # noqa: F811
     again, checkpoint = stopped()
-    records = json.loads(own_data.read_text())
-    own_data.write_text(json.dumps(records, indent=1))  # the same samples, written otherwise
+    moved = own_data.rename(own_data.with_name("moved.json"))  # the same file elsewhere is the same data
+    own_data.write_bytes(moved.read_bytes())
     train(recipe(*again), progress=False)
     (checkpoint.parent / "model/model.safetensors").unlink()
     (checkpoint.parent / "checkpoint-4/model.safetensors").unlink()
+    records = json.loads(own_data.read_text())
     records[7]["conversations"][1]["value"] = "purple"
     own_data.write_text(json.dumps(records))
     before = sorted(checkpoint.parent.iterdir())
@@ -88,9 +89,10 @@ def test_another_number_of_processes_is_noticed(stopped, recipe):  # noqa: F811
     again, checkpoint = stopped()
     then = json.loads((checkpoint / TRAINED_ON).read_text())
     assert then["num_processes"] == 1
-    (checkpoint / TRAINED_ON).write_text(json.dumps({**then, "num_processes": 2}))
+    assert then["samples_a_step"] == 4
+    (checkpoint / TRAINED_ON).write_text(json.dumps({**then, "num_processes": 2, "samples_a_step": 8}))
     write_manifest(checkpoint)
-    with pytest.raises(UsageError, match="is of a run with 2 processes, and this one has 1: start as many"):
+    with pytest.raises(UsageError, match="of a run with 2 processes and 8 samples a step, and this one has 1 and 4"):
         train(recipe(*again), progress=False)
 
 

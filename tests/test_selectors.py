@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from acformer.anchors.search import select_anchors_reference
+from acformer.anchors import selectors
+from acformer.anchors.search import select_anchors, select_anchors_reference
 from acformer.anchors.selectors import SELECTORS, image_noise
 from acformer.connectors.base import Geometry
 from acformer.connectors.queries import SelectedQueries
@@ -155,6 +156,19 @@ class TestEvery:
         compiled = torch.compile(lambda features: SELECTORS[name](features, 30), fullgraph=True, backend="aot_eager")
         assert is_a_choice(compiled(features), features, 30)
         torch.compiler.reset()
+
+    @every
+    def test_scores_are_not_below_zero(self, name, monkeypatch):
+        """What draws at random divides scores by noise: a negative one would turn the order round."""
+        seen = []
+
+        def watched(scores, num):
+            seen.append(scores)
+            return select_anchors(scores, num)
+
+        monkeypatch.setattr(selectors, "select_anchors", watched)
+        SELECTORS[name](features_of(torch.randn(2, 30, 8)), 5)
+        assert all(bool((scores >= 0).all()) for scores in seen)
 
     @every
     def test_says_what_it_is(self, name):

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AcFormerError, MemoryError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"acformer: error: {_one_line(error)}", file=sys.stderr)
+        print(f"acformer: error: {_rank()}{_one_line(error)}", file=sys.stderr)
         return _exit_code(error)
     except KeyboardInterrupt as stop:
         print(f"acformer: interrupted{GOES_ON if arguments.resumable else ''}", file=sys.stderr)
@@ -51,6 +51,11 @@ def _exit_code(error: Exception) -> int:
         return error.exit_code
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return CheckpointError.exit_code if is_full else UsageError.exit_code
+
+
+def _rank() -> str:
+    """Which of several processes this is, as torchrun and accelerate say it."""
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ else ""
 
 
 def _one_line(error: Exception) -> str:

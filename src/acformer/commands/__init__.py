@@ -3,6 +3,20 @@
 Their modules import nothing heavy before `run`, so that `--help` and a typo are answered at once.
 """
 
-from acformer.commands import anchors, ask, connectors, evaluate, export, fetch, plan, score, selectors, train
+from acformer.commands import (
+    anchors,
+    ask,
+    connectors,
+    convert,
+    evaluate,
+    export,
+    fetch,
+    merge,
+    plan,
+    score,
+    selectors,
+    serve,
+    train,
+)
 
-COMMANDS = (fetch, plan, train, evaluate, score, ask, anchors, connectors, selectors, export)
+COMMANDS = (fetch, plan, train, convert, merge, evaluate, score, ask, serve, anchors, connectors, selectors, export)

@@ -14,7 +14,9 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("eval", parents=[common], help="answer a data set and score the answers")
     add_model(sub, max_new_tokens=None, tokens=numbers)
-    names = "easy-vqa, openmoji-scenes[-small][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
+    names = (
+        "easy-vqa, openmoji-scenes[-small|-hard][:PART], a LLaVA / chat JSON file, or a benchmark of `acformer score`"
+    )
     sub.add_argument("--data", default="easy-vqa", help=f"{names} (default easy-vqa)")
     sub.add_argument(
         "--root",

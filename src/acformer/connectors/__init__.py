@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from acformer.connectors.acformer import AcFormerConnector
+from acformer.connectors.acformer_v2 import AcFormerV2Connector
 from acformer.connectors.base import Connector, Geometry
 from acformer.connectors.c_abstractor import CAbstractorConnector
 from acformer.connectors.d_abstractor import DAbstractorConnector
@@ -31,6 +32,7 @@ CONNECTORS = Registry[type[Connector]](
     "acformer.connectors",
     {
         "acformer": AcFormerConnector,
+        "acformer_v2": AcFormerV2Connector,
         "c_abstractor": CAbstractorConnector,
         "d_abstractor": DAbstractorConnector,
         "direct": DirectConnector,

@@ -1,7 +1,7 @@
 """What every connector is: `VisionFeatures` in, T visual tokens of the language model's width out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,6 +68,11 @@ class Connector(nn.Module, ABC):
     @abstractmethod
     def num_tokens(self) -> int:
         """T, the visual tokens an image costs: the one place where this number is known."""
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """Every T that it can give, ascending; an elastic connector that does not say so is served at its own T."""
+        return (self.num_tokens,)
 
     @property
     def input_grid(self) -> tuple[int, int]:

@@ -27,10 +27,15 @@ class CrossAttention(nn.Module):
         queries: Float[Tensor, "B T D"],
         features: Float[Tensor, "B L D"],
         mask: Bool[Tensor, "B 1 T L"] | None = None,
+        added_values: Float[Tensor, "L I"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all."""
+        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all.
+
+        added_values: to the values of every image (I = H d), by default nothing; the keys do without.
+        """
         query = self._split_heads(self.q_proj(self.norm_queries(queries)))
         key, value = self.kv_proj(self.norm_features(features)).chunk(2, dim=-1)  # (B, L, H d) each
+        value = value if added_values is None else value + added_values
         key, value = self._split_heads(key), self._split_heads(value)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, H, T, d)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)

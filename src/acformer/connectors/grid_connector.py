@@ -1,9 +1,10 @@
 """What connectors share whose tokens form a smaller grid than the patches': any T that can be laid out on it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from acformer.connectors.base import Connector, Geometry
-from acformer.connectors.token_grid import nearest_num_tokens, token_grid
+from acformer.connectors.token_grid import grid_sizes, nearest_num_tokens, token_grid
 
 
 class GridConnector(Connector):
@@ -17,6 +18,11 @@ class GridConnector(Connector):
     def num_tokens(self) -> int:
         """h' w'."""
         return self.layout[0] * self.layout[1]
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """Where it is elastic, every T that has a layout."""
+        return grid_sizes(self.geometry.grid) if self.elastic else super().budgets
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ through a `CrossAttentionStack`; `QueryConnector` takes them straight to the pro
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from acformer.anchors.search import check_num_anchors
 from acformer.anchors.selectors import SELECTORS, mean_cls_attention
 from acformer.connectors.base import Geometry
 from acformer.connectors.merging import fuse_rest, merge_rest, take
-from acformer.connectors.token_grid import nearest_num_tokens, token_grid
+from acformer.connectors.token_grid import grid_sizes, nearest_num_tokens, token_grid
 from acformer.errors import UsageError
 from acformer.vision.features import VisionFeatures
 
@@ -26,6 +27,11 @@ class QuerySource(nn.Module, ABC):
 
     elastic = False
     num_tokens: int
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """See `Connector.budgets`."""
+        return (self.num_tokens,)
 
     @classmethod
     @abstractmethod
@@ -68,7 +74,13 @@ class PooledQueries(QuerySource):
         super().__init__()
         self.num_cls = geometry.num_cls
         self.num_tokens = num_tokens
+        self.grid = geometry.grid
         self.layout = token_grid(num_tokens, geometry.grid, self.num_cls)
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """[CLS] and every number of regions that has a layout."""
+        return [number + self.num_cls for number in grid_sizes(self.grid)]
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:
@@ -125,6 +137,12 @@ class SelectedQueries(QuerySource):
         self.stochastic = stochastic or SELECTORS[selector].samples_in_training
         self.num_cls = geometry.num_cls
         self.num_tokens = num_anchors + self.num_fused + self.num_cls
+        self.num_patches = geometry.num_patches
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """From one patch to all of them, and what stands beside."""
+        return range(1 + self.num_fused + self.num_cls, self.num_patches + self.num_cls + 1)
 
     @classmethod
     def for_budget(cls, geometry: Geometry, num_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ projected:
     e_vit        [CLS], the anchors, one for the rest     projector
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -44,6 +45,11 @@ class QueryConnector(Connector):
     def num_tokens(self) -> int:
         """As many as there are queries."""
         return self.queries.num_tokens
+
+    @property
+    def budgets(self) -> Sequence[int]:
+        """As the query source says."""
+        return self.queries.budgets
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """Queries, which in a stack read all tokens, [CLS] and registers included -> (B, T, E)."""

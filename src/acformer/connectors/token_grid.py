@@ -37,6 +37,11 @@ def nearest_num_tokens(num_tokens: int, grid: tuple[int, int]) -> int:
     return min((rows * cols for rows, cols in even), key=lambda number: (abs(number - num_tokens), number))
 
 
+def grid_sizes(grid: tuple[int, int]) -> list[int]:
+    """Every T that has a grid, ascending."""
+    return sorted({rows * cols for rows, cols in _layouts(grid)})
+
+
 def _layouts(grid: tuple[int, int]) -> list[tuple[int, int]]:
     return [(rows, cols) for rows in range(1, grid[0] + 1) for cols in range(1, grid[1] + 1)]
 
@@ -48,6 +53,6 @@ def _distortion(layout: tuple[int, int], grid: tuple[int, int]) -> float:
 
 
 def _neighbours(num_tokens: int, grid: tuple[int, int]) -> tuple[int | None, int | None]:
-    numbers = {rows * cols for rows, cols in _layouts(grid)}
+    numbers = grid_sizes(grid)
     below = max((number for number in numbers if number < num_tokens), default=None)
     return below, min((number for number in numbers if number > num_tokens), default=None)

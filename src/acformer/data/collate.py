@@ -10,54 +10,85 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from acformer.data.conversation import IGNORE, check_images, encode_conversation
-from acformer.data.lengths import estimated_length
-from acformer.data.samples import Sample
+from acformer.data.mixture import Mixture
+from acformer.data.packing import Packing, packed_text
+from acformer.data.records import Samples, SourceError, WorkerError, as_samples
+from acformer.data.samples import ImageReference, Sample
 from acformer.data.skip_log import SkipLog
 from acformer.errors import DataError
 from acformer.images import load_image
 
 Features = Mapping[str, Tensor | None]
 Key = TypeVar("Key", bound=Hashable)
-Opened = tuple[dict[str, Any], list[tuple[Path, Any]]]
+Opened = tuple[dict[str, Any], list[tuple[ImageReference, Any]]]
 
 
 class ConversationDataset(Dataset):
-    """Groups of `Sample`s, each sample as `{"id", "images" (paths), "sample", "input_ids", "labels"}`.
+    """Groups of samples, each sample as `{"id", "images" (references), "file", "record", "input_ids", "labels"}`.
 
     An item is a list of at most `group` samples about the same images (default: one), so that a batch can ask
-    several questions about an image that is encoded once. A sample that cannot be encoded has `error` (the
+    several questions about an image that is encoded once. A sample that cannot be read or encoded has `error` (the
     reason) in place of ids and labels. Nothing is drawn at random: an item depends on its index alone.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], processor: Any, *, max_length: int | None = None, group: int = 1
+        self,
+        samples: Samples | Sequence[Sample],
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        group: int = 1,
     ) -> None:
-        self.items = grouped(samples, group)
+        self.samples = as_samples(samples)
+        self.groups = None if group == 1 else _groups(self.samples, group)
         self.processor = processor
         self.max_length = max_length
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.samples if self.groups is None else self.groups)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self._encode(sample) for sample in self.items[index]]
+        return [self._encode(number) for number in ([index] if self.groups is None else self.groups[index])]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether items can only be had in their order."""
+        return self.samples.is_stream
 
     def lengths(self) -> list[int]:
         """About how many tokens each item's longest sample has: what a batch is padded to."""
-        per_image, most = self.processor.num_placeholders, self.max_length or sys.maxsize
-        return [min(most, max(estimated_length(sample, per_image) for sample in item)) for item in self.items]
+        found = self.samples.lengths(self.processor.num_placeholders)
+        if self.groups is not None:
+            found = np.array([found[group].max() for group in self.groups], np.int64)
+        return np.minimum(found, self.max_length or sys.maxsize).tolist()
 
-    def _encode(self, sample: Sample) -> dict[str, Any]:
-        item = {"id": sample.id, "images": sample.images, "sample": sample}
+    def mixture(self) -> tuple[list[int], list[float]] | None:
+        """Items of each source, and its weight; None where an epoch is every item once."""
+        samples = self.samples
+        if not isinstance(samples, Mixture) or not samples.is_weighted:
+            return None
+        if self.groups is None:
+            return samples.counts, samples.weights
+        parts = [samples.part_of(group[0]) for group in self.groups]
+        return [parts.count(part) for part in range(len(samples.parts))], samples.weights
+
+    def _encode(self, number: int) -> dict[str, Any]:
+        file, record = self.samples.where(number)
+        item: dict[str, Any] = {"id": f"{file}:{record}", "file": file, "record": record, "images": ()}
         try:
+            sample = self.samples.sample(number)
+            item |= {"id": sample.id, "images": sample.images}
             check_images(sample.messages, len(sample.images))
             encoded = encode_conversation(self.processor, sample.messages, max_length=self.max_length)
+        except SourceError:
+            raise
         except DataError as error:
             return {**item, "error": str(error)}
         return {**item, "input_ids": encoded.input_ids, "labels": encoded.labels}
@@ -65,10 +96,23 @@ class ConversationDataset(Dataset):
 
 def grouped(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     """Samples about the same images, `size` at most together; in order of their images' first appearance."""
-    by_images: dict[Any, list[Sample]] = {}
-    for number, sample in enumerate(samples):
-        by_images.setdefault(sample.images or number, []).append(sample)
-    return [same[i : i + size] for same in by_images.values() for i in range(0, len(same), size)]
+    return [[samples[number] for number in group] for group in _groups(as_samples(samples), size)]
+
+
+def _groups(samples: Samples, size: int) -> list[list[int]]:
+    """Numbers of samples of one source about the same images; all samples are read for it."""
+    by_images: dict[Hashable, list[int]] = {}
+    for number in range(len(samples)):
+        part = samples.part_of(number) if isinstance(samples, Mixture) else 0
+        try:
+            images = samples.sample(number).images
+        except SourceError:
+            raise
+        except DataError:
+            images = ()  # it is told when it is needed
+        by_images.setdefault((part, images) if images else number, []).append(number)
+    found = [same[i : i + size] for same in by_images.values() for i in range(0, len(same), size)]
+    return sorted(found, key=lambda group: samples.part_of(group[0])) if isinstance(samples, Mixture) else found
 
 
 def stack_features(images: Sequence[Key], features: Callable[[Key], Features]) -> dict[str, Tensor]:
@@ -88,14 +132,8 @@ def padding_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-class BatchError(DataError):
-    """A batch that cannot be made; also from a loader's worker process with its plain message.
-
-    torch makes the error anew in the main process, out of the worker's whole traceback: what it ends in is kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{__name__}.BatchError: ")[2].rstrip())
+class BatchError(WorkerError):
+    """A batch that cannot be made."""
 
 
 class Collator:
@@ -106,6 +144,8 @@ class Collator:
       what a frozen encoder made of a path, `vision_features` as `stack_features` makes them. A batch without
       images has neither.
     - `sample_ids`: list of B, for error messages (not for the model)
+    - with `packing`, several samples stand in a row: `position_ids` (rows, L), which begin anew with each sample, take
+      the place of `attention_mask`
 
     The first usable item of `dataset` takes the place of a batch of which nothing can be used: always the same one,
     since what came before differs after a resume and between workers. Errors: `BatchError` when there is none, when
@@ -119,11 +159,13 @@ class Collator:
         features: Callable[[Path], Features] | Mapping[Path, Features] | None = None,
         skip_log: SkipLog | None = None,
         dataset: ConversationDataset | None = None,
+        packing: Packing | None = None,
     ) -> None:
         self.processor = processor
         self.features = features.__getitem__ if isinstance(features, Mapping) else features
         self.skip_log = skip_log
         self.dataset = dataset
+        self.packing = packing
         self._first_usable: list[Opened] | None = None
 
     def __call__(self, groups: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -138,9 +180,13 @@ class Collator:
         good = good or self._replacement()  # a batch cannot be empty
         if not good:
             raise DataError(f"no usable sample in the batch {_names(items)}: {reason}")
+        if self.packing is not None:
+            rows = self.packing.rows([len(item["input_ids"]) for item, _ in good])
+            good = [good[number] for row in rows for number in row]  # images are taken in the order of the rows
         images = [image for _, opened in good for image in opened]
         good_items = [item for item, _ in good]
-        batch = self._text(good_items)
+        pad = padding_id(self.processor.tokenizer)
+        batch = self._text(good_items) if self.packing is None else packed_text(good_items, map(len, rows), pad)
         self._check(batch, len(images), good_items)
         return {**batch, **self._vision(images), "sample_ids": [item["id"] for item in good_items]}
 
@@ -162,7 +208,7 @@ class Collator:
             self._first_usable = next(filter(None, (self._usable(group)[0] for group in groups)), [])
         return self._first_usable
 
-    def _open(self, item: dict[str, Any]) -> list[tuple[Path, Any]]:
+    def _open(self, item: dict[str, Any]) -> list[tuple[ImageReference, Any]]:
         """The images of an item, or what the encoder made of them."""
         if "error" in item:
             raise DataError(item["error"])
@@ -171,7 +217,7 @@ class Collator:
     def _skip(self, item: dict[str, Any], error: DataError) -> None:
         if self.skip_log is None:
             raise DataError(f"sample {item['id']}: {error}") from error
-        self.skip_log.skip(item["sample"].file, item["sample"].record, str(error))
+        self.skip_log.skip(item["file"], item["record"], str(error))
         self.skip_log.check()
 
     def _text(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -196,7 +242,7 @@ class Collator:
         if not (batch["labels"] != IGNORE).any():
             raise DataError(f"nothing to learn in the batch {_names(items)}: every label is {IGNORE}")
 
-    def _vision(self, images: list[tuple[Path, Any]]) -> dict[str, Any]:
+    def _vision(self, images: list[tuple[ImageReference, Any]]) -> dict[str, Any]:
         if not images:
             return {}
         if self.features is None:

@@ -11,10 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
+from acformer.data.entries import Data, data_entries
+from acformer.data.mixture import Mixture
+from acformer.data.records import SampleList, Samples
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SkipLog
-from acformer.data.sources import read_samples
-from acformer.errors import unknown_name
+from acformer.data.sources import good_samples, open_source, read_samples
+from acformer.data.streams import Stream
+from acformer.errors import UsageError, unknown_name
 from acformer.fetch.embedded import embedded_path
 from acformer.registry import Registry
 
@@ -93,24 +97,76 @@ def named_dataset(name_or_path: str) -> tuple[Dataset, str] | None:
     return (DATASETS[name], part) if name in DATASETS.names() else None
 
 
+def open_samples(
+    data: Data,
+    *,
+    image_root: str | Path | None = None,
+    skipped: SkipLog | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    num_rows: int | None = None,
+) -> Mixture:
+    """The samples that `data:` of a stage means, made when they are asked for; all are counted in `skipped`.
+
+    limit: of each source, the first so many records. seed, num_rows: of streams, their order and how far they are read.
+
+    Raises:
+        UsageError: `data` is not what `data_entries` takes, a part that there is not, `acformer[data]` is missing, a
+            stream without `num_rows`.
+        DataError: a source that cannot be opened.
+    """
+    skipped = skipped or SkipLog()
+    entries = data_entries(data, None if image_root is None else str(image_root))
+    if entries[0].streaming:
+        if num_rows is None:
+            raise UsageError("a stream has no length: give training.max_steps")
+        parts: list[Samples] = [Stream(entries, num_rows=num_rows, seed=seed)]
+        skipped.offered += num_rows
+        return Mixture(parts)
+    parts = []
+    for entry in entries:
+        named = named_dataset(entry.path)
+        if named is not None:
+            dataset, part = named
+            parts.append(SampleList(dataset.samples(part or dataset.train_part, limit=limit, skipped=skipped)))
+            continue
+        parts.append(open_source(entry))
+        skipped.offered += len(parts[-1]) if limit is None else min(len(parts[-1]), limit)
+    return Mixture(parts, [entry.weight for entry in entries], limit)
+
+
 def load_samples(
-    name_or_path: str | Path,
+    data: Data | Path,
     *,
     image_root: str | Path | None = None,
     skipped: SkipLog | None = None,
     limit: int | None = None,
 ) -> list[Sample]:
-    """The samples of a file, or of `NAME[:PART]` of `DATASETS` (a bare name is its training part).
+    """The good samples of a file, or of `NAME[:PART]` of `DATASETS` (a bare name is its training part), all at once.
 
-    Of more than `limit` the first; what follows is not looked at, nor counted. Errors: `DataError` as `read_samples`,
-    and when too many records are bad (`SkipLog.check`); `UsageError` for an unknown part.
+    Of several sources, all of each. Of more than `limit` the first; what follows is not looked at, nor counted. Errors:
+    `DataError` as `read_samples`, and when too many records are bad (`SkipLog.check`); `UsageError` as `open_samples`.
     """
     skipped = skipped or SkipLog()
-    named = named_dataset(str(name_or_path))
-    if named is None:
-        samples = list(islice(read_samples(name_or_path, image_root=image_root, skipped=skipped), limit))
-    else:
-        dataset, part = named
-        samples = dataset.samples(part or dataset.train_part, limit=limit, skipped=skipped)
+    data = str(data) if isinstance(data, Path) else data
+    samples: list[Sample] = []
+    for entry in data_entries(data, None if image_root is None else str(image_root)):
+        left = None if limit is None else limit - len(samples)
+        named = named_dataset(entry.path)
+        if entry.streaming:
+            samples += islice(good_samples(Stream([entry], num_rows=_rows(left), seed=0), entry.path, skipped), left)
+        elif named is None:
+            samples += islice(good_samples(open_source(entry), entry.path, skipped), left)
+        else:
+            dataset, part = named
+            samples += dataset.samples(part or dataset.train_part, limit=left, skipped=skipped)
+        if left is not None and len(samples) >= (limit or 0):
+            break
     skipped.check()
     return samples
+
+
+def _rows(limit: int | None) -> int:
+    if limit is None:
+        raise UsageError("a stream has no end: say how many samples of it are wanted")
+    return limit

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acformer.data.conversation import Message
+from acformer.images.stored import StoredImage
+
+ImageReference = Path | StoredImage | bytes
+"""An image that is opened later: a file, a member of an archive, or the bytes of a file."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Sample:
 
     id: str
     messages: tuple[Message, ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[ImageReference, ...] = ()
     answer: str | None = None
     kind: str | None = None
     file: str = ""

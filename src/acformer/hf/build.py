@@ -7,6 +7,7 @@ with its processor, ready to train or to save.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,12 +29,13 @@ from acformer.data.templates import resolve_template
 from acformer.errors import CheckpointError, UsageError, translated, unknown_name
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.connector_weights import FILE, NEW_MODULES, Parts, load_connector
 from acformer.hf.head import LanguageModelHead
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.hf.public_names import public_name
 from acformer.untrusted import load_config
 from acformer.vision.encoder import truncate
-from acformer.vision.load import load_tower, loading, pixel_statistics
+from acformer.vision.load import load_tower, loading, pixel_statistics, placement
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
@@ -40,7 +43,6 @@ NO_TEXT = "model.text does not describe a language model"
 """Configs and models say in many ways that they cannot be built of its options."""
 LONGEST_WORD = 256
 """Letters without a space, or spaces, that a new tokenizer is trained on as one."""
-NEW_MODULES = ("model.connector.", "model.fusion.")
 
 
 def build_model(
@@ -56,6 +58,7 @@ def build_model(
     template: str = "vicuna_v1",
     tokenizer_vocab: int = 512,
     dtype: str = "float32",
+    connector_weights: str | None = None,
     texts: Iterable[str] = (),
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
     """Model and processor out of parts; the connector (and a new language model) start at random.
@@ -65,18 +68,20 @@ def build_model(
         text: the language model: likewise, or a dict that configures a new one (`model_type`, its config's fields).
         connector, connector_kwargs: a name from `list_connectors()` and its options.
         fusion, fusion_kwargs: how they reach the language model: `concat` or `gated_cross_attention`, and options.
-        feature_layer: index into the encoder's `hidden_states` (Sec. 3.1: -2).
-        image_size: pixels a side that the encoder is fed; default its own.
+        feature_layer, image_size: index into the encoder's `hidden_states` (Sec. 3.1: -2); pixels a side (its own).
         template: chat template: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
         tokenizer_vocab, texts: size of a new language model's byte-level BPE, and what it is trained on.
         dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        connector_weights: a trained connector of the same options: `connector.safetensors`, a folder with one, a whole
+            model, or LLaVA's `mm_projector.bin`.
 
     Raises:
-        CheckpointError: a part cannot be loaded. UsageError: a name or option that does not exist.
+        CheckpointError: a part cannot be loaded, or another connector's weights. UsageError: a name or option that
+        does not exist.
     """
     tower = load_tower(vision, weights_dtype := parse_dtype(dtype))
     if isinstance(text, str):
-        tokenizer, language_model = _pretrained_text(resolve(text), weights_dtype)
+        tokenizer, language_model = pretrained_text(resolve(text), weights_dtype)
     else:
         tokenizer = train_tokenizer(texts, tokenizer_vocab)
         language_model = _new_text(text, tokenizer, weights_dtype)
@@ -93,16 +98,26 @@ def build_model(
         dtype=weights_dtype,
     )
     model = assemble(config, truncate(tower, feature_layer), language_model)
-    processor = AcFormerProcessor(
+    if connector_weights is not None:
+        load_connector(model, connector_weights)
+    processor = make_processor(tower, config, tokenizer, template)
+    _note_names(model.config, vision, text)
+    set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
+    return model, processor
+
+
+def make_processor(
+    tower: str | PreTrainedModel, config: AcFormerConfig, tokenizer: PreTrainedTokenizerBase, template: str
+) -> AcFormerProcessor:
+    """The processor of a model with that config; `template` by name."""
+    return AcFormerProcessor(
         square_image_processor(tower, config.image_size),
         tokenizer,
         resolve_template(template, tokenizer),
         num_placeholders=config.num_placeholders,
         fusion=config.fusion,
+        budgets=config.budgets,
     )
-    _note_names(model.config, vision, text)
-    _set_end_tokens(model, language_model.generation_config.eos_token_id, processor)
-    return model, processor
 
 
 def _note_names(config: AcFormerConfig, vision: str, text: str | dict) -> None:
@@ -111,7 +126,23 @@ def _note_names(config: AcFormerConfig, vision: str, text: str | dict) -> None:
     config.text_config._name_or_path = public_name(text) if isinstance(text, str) else ""
 
 
-def _set_end_tokens(
+def from_parts(folder: Path, parts: Parts, dtype: torch.dtype | None = None) -> AcFormerForConditionalGeneration:
+    """The model of a folder that holds its config and its connector alone; encoder and language model are read anew.
+
+    Raises:
+        CheckpointError: a part that cannot be loaded, or is another one than it was.
+    """
+    config = AcFormerConfig.from_pretrained(folder)
+    config.dtype = dtype or parse_dtype(parts.dtype)
+    tower = truncate(load_tower(parts.vision or "", config.dtype), config.feature_layer)
+    _, language_model = pretrained_text(resolve(parts.text or ""), config.dtype)
+    model = assemble(config, tower, language_model)
+    load_connector(model, str(folder / FILE))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def set_end_tokens(
     model: AcFormerForConditionalGeneration, own: int | list[int] | None, processor: AcFormerProcessor
 ) -> None:
     """Generation stops at every token that may end a turn: the language model's own, and the template's."""
@@ -127,7 +158,13 @@ def assemble(
     head = LanguageModelHead(language_model)
     weights |= {head.renamed(name): value for name, value in language_model.state_dict().items()}
     model, report = AcFormerForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=weights, dtype=config.dtype, strict=False, output_loading_info=True
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=config.dtype,
+        strict=False,
+        output_loading_info=True,
+        **placement(),
     )
     wrong = {key for key in report["missing_keys"] if not key.startswith(NEW_MODULES)}
     wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
@@ -225,15 +262,33 @@ def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dt
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
     with loading(name):
         load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **placement())
+    add_image_token(tokenizer, model)
+    return tokenizer, model
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """`<image>` into the vocabulary and, where there is no row for it, into the embeddings, in place."""
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > model.config.vocab_size:
+        rows = model.config.vocab_size
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    return tokenizer, model
+        _fill_new_rows(model, rows)
+
+
+@torch.no_grad()
+def _fill_new_rows(model: PreTrainedModel, first: int) -> None:
+    """The same values whenever the language model is read: a connector that is saved alone is put beside them again."""
+    generator = torch.Generator().manual_seed(0)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            new = module.weight[first:]
+            std = getattr(model.config, "initializer_range", 0.02)
+            new.copy_(torch.empty(new.shape).normal_(0, std, generator=generator))

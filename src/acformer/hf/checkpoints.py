@@ -20,11 +20,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from acformer.errors import CheckpointError, translated
 from acformer.files import file_sha256, flush_to_disk, partial_path, whole_file, whole_folder
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.adapters import CONFIG as ADAPTER
 from acformer.hf.adapters import adapter_base, merged
+from acformer.hf.build import from_parts
+from acformer.hf.connector_weights import load_connector, read_parts
 from acformer.hf.processing_acformer import check_processor
 from acformer.hf.publish import CARD
 from acformer.untrusted import refuse_files_outside
-from acformer.vision.load import loading
+from acformer.vision.load import loading, placement
 
 MANIFEST = "manifest.json"
 
@@ -122,7 +125,8 @@ def model_folder(name: str) -> str:
     run = Path(name)
     for stage in ("finetune", "pretrain"):
         folder = run / stage / "model"
-        if (folder / "config.json").is_file() and not (run / "config.json").is_file():
+        has_model = any((folder / file).is_file() for file in ("config.json", ADAPTER))
+        if has_model and not (run / "config.json").is_file():
             return str(folder)
     return name
 
@@ -144,7 +148,8 @@ def load_model(
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
     """Model (in eval mode) and processor from a model folder, a run's folder, a hub name or the folder of an adapter.
 
-    An adapter is one that PEFT saved; it is merged into its base model.
+    An adapter is one that PEFT saved; it is merged into its base model. A folder of the connector alone says where the
+    other weights are; they are read from there.
 
     Raises:
         CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config,
@@ -152,14 +157,13 @@ def load_model(
     """
     folder = model_folder(name)
     _check_path(name)
+    _check_whole(Path(folder))
     if (base := adapter_base(Path(folder))) is not None:
         model, processor = load_model(base, dtype=dtype, device=device)
         return merged(model, Path(folder)).eval(), processor
     if Path(folder).exists():
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
-        if (Path(folder) / MANIFEST).is_file() and (problem := verify_folder(Path(folder))):
-            raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
         refuse_files_outside(folder)
     with loading(name):
         model_type = AcFormerConfig.get_config_dict(folder)[0].get("model_type")
@@ -167,7 +171,7 @@ def load_model(
             raise CheckpointError(
                 f"{name} holds a model of type {model_type!r}, not one of {AcFormerConfig.model_type}"
             )
-        model = AcFormerForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model = _weights(Path(folder), dtype)
         processor = AcFormerProcessor.from_pretrained(folder)
     for field in ("num_placeholders", "fusion", "image_token_id"):
         written, read = getattr(processor, field), getattr(model.config, field)
@@ -176,9 +180,10 @@ def load_model(
                 f"{name}: its processor writes prompts for {field} {written!r}, but its model has {read!r}: take the "
                 "processor that was saved with the model"
             )
+    processor.budgets = [list(run) for run in model.config.budgets]
     check_processor(processor, model.config.image_size, name)
     check_fields(model, name)
-    return model.eval().to(device), processor
+    return model.eval() if placement() else model.eval().to(device), processor
 
 
 def check_fields(model: AcFormerForConditionalGeneration, name: str) -> None:
@@ -198,3 +203,40 @@ def check_fields(model: AcFormerForConditionalGeneration, name: str) -> None:
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(one, int | None) for one in ids):
             raise CheckpointError(f"{name}: {token} of its generation_config is {value!r}, not the id of a token")
+
+
+def _check_whole(folder: Path) -> None:
+    if (folder / MANIFEST).is_file() and (problem := verify_folder(folder)):
+        raise CheckpointError(f"the model in {folder} is damaged: {problem}; restore it or train again")
+
+
+def _weights(folder: Path, dtype: torch.dtype | str) -> AcFormerForConditionalGeneration:
+    """The model of a folder or a hub name; of a folder that holds a connector alone, with the rest from elsewhere."""
+    parts = read_parts(folder)
+    if parts is None:
+        return AcFormerForConditionalGeneration.from_pretrained(folder.as_posix(), dtype=dtype, **placement())
+    if parts.model is None:
+        return from_parts(folder, parts, None if isinstance(dtype, str) else dtype)
+    model, _ = load_model(parts.model, dtype=dtype)
+    load_connector(model, str(folder))
+    return model
+
+
+def check_new_folder(folder: Path) -> None:
+    """`CheckpointError` where something is there already."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty: name a new folder")
+
+
+def save_model(model: AcFormerForConditionalGeneration, processor: AcFormerProcessor, folder: Path) -> None:
+    """Write an ordinary model folder, whole or not at all.
+
+    Raises:
+        CheckpointError: the folder holds something already, or it cannot be written.
+    """
+    check_new_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with translated(f"cannot save {folder}", CheckpointError), whole_folder(folder) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
+        write_manifest(part)

@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from acformer.connectors import Connector, Geometry, build_connector
 from acformer.hf.auto_map import AUTO_MAP
+from acformer.hf.budgets import runs
 from acformer.hf.fusion import FUSIONS
 from acformer.hf.public_names import public_name
 from acformer.hf.publish import Published
@@ -90,6 +91,11 @@ class AcFormerConfig(Published, PreTrainedConfig):
     def num_placeholders(self) -> int:
         """What one image costs in the prompt: the connector's T under `concat`, 1 under `gated_cross_attention`."""
         return FUSIONS[self.fusion].count_placeholders(self.build_connector().num_tokens)
+
+    @property
+    def budgets(self) -> list[tuple[int, int]]:
+        """The numbers of visual tokens that its connector can give, as runs (first, last)."""
+        return runs(self.build_connector().budgets)
 
     @property
     def num_vision_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""LLaVA's Hugging Face checkpoints as models of ours.
+"""LLaVA's checkpoints as models of ours, and another connector in a trained model.
 
 Everything is strict: a weight that is missing, unexpected or of another shape is a `CheckpointError`.
 """
@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
 from acformer.connectors import Connector, build_connector
 from acformer.connectors.base import Geometry
+from acformer.connectors.blocks import Projector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
 from acformer.untrusted import read_weights
@@ -48,6 +49,56 @@ def from_llava(model: LlavaForConditionalGeneration) -> AcFormerForConditionalGe
     )
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.to(model.device).train(model.training)
+
+
+def swap_connector(
+    model: AcFormerForConditionalGeneration, connector: str, options: dict | None = None, seed: int = 0
+) -> tuple[AcFormerForConditionalGeneration, bool]:
+    """The model with another connector, new but for the projector at its end, where both end in LLaVA's.
+
+    Args:
+        connector, options: a name from `list_connectors()` and its options.
+        seed: of what is new.
+
+    Returns:
+        The model, and whether the trained projector was kept.
+    """
+    old_config = copy.deepcopy(model.config)
+    config = AcFormerConfig(
+        vision_config=old_config.vision_config,
+        text_config=old_config.text_config,
+        connector=connector,
+        connector_kwargs=options,
+        fusion=old_config.fusion,
+        fusion_kwargs=old_config.fusion_kwargs,
+        feature_layer=old_config.feature_layer,
+        image_size=old_config.image_size,
+        image_token_id=old_config.image_token_id,
+        dtype=model.dtype,
+    )
+    with torch.device("meta"):
+        wanted = _projector(build_connector(connector, config.geometry, **config.connector_kwargs))
+    old = _projector(model.model.connector)
+    is_kept = bool(wanted) and {n: w.shape for n, w in wanted.items()} == {n: w.shape for n, w in old.items()}
+    weights = {name: w for name, w in model.state_dict().items() if not name.startswith("model.connector.")}
+    weights |= {f"model.connector.projector.{name}": weight for name, weight in old.items()} if is_kept else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new, report = AcFormerForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, dtype=model.dtype, strict=False, output_loading_info=True
+        )
+    wrong = {key for key in report["missing_keys"] if not key.startswith("model.connector.")}
+    wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} weights do not fit the model with another connector, first: {min(wrong)}")
+    new.generation_config = copy.deepcopy(model.generation_config)
+    return new, is_kept
+
+
+def _projector(connector: Connector) -> dict[str, Tensor]:
+    """Weights of the layers at a connector's end, in LLaVA's form; none where it ends otherwise."""
+    module = getattr(connector, "projector", None)
+    return dict(module.state_dict()) if isinstance(module, Projector) else {}
 
 
 def _refuse_unsupported(config: PreTrainedConfig) -> None:

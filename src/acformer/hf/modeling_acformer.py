@@ -23,6 +23,7 @@ from acformer.connectors import Connector, build_connector
 from acformer.errors import CheckpointError, UsageError
 from acformer.files import write_text
 from acformer.hf.auto_map import IS_INSTALLED, write_modules
+from acformer.hf.budgets import visual_tokens
 from acformer.hf.cache_name import CACHE, NEW, OLD, given_cache
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.fusion import GatedCrossAttentionBlock, build_fusion
@@ -185,7 +186,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """The encoder's output, with the visual tokens in `pooler_output`: a list of one (T, E) per image.
@@ -195,7 +196,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
             vision_features: instead of pixels, what `get_vision_features` gave, or a dict: tokens (U, P+N, D),
                 cls_attention (U, H, N), hidden_layers (U, K, P+N, D) and, where prompts share pictures, image_index
                 (images,) into the U.
-            num_visual_tokens: another T than the connector's own, where it is elastic.
+            num_visual_tokens: another T than the connector's own, where it is elastic; or one for each image.
         """
         if vision_features is not None:
             features = self.as_features(vision_features)
@@ -204,10 +205,8 @@ class AcFormerModel(AcFormerPreTrainedModel):
             output, features = self._encode(pixel_values, **kwargs)
         else:
             raise ValueError("give pixel_values or vision_features")
-        tokens = self.connector(features, num_visual_tokens)
-        if isinstance(vision_features, Mapping) and "image_index" in vision_features:
-            tokens = tokens[vision_features["image_index"]]
-        output.pooler_output = list(tokens)
+        index = vision_features.get("image_index") if isinstance(vision_features, Mapping) else None
+        output.pooler_output = visual_tokens(self.connector, features, index, num_visual_tokens)
         return output
 
     def _encode(self, pixel_values: Any, **kwargs: Any) -> tuple[BaseModelOutputWithPooling, VisionFeatures]:
@@ -238,7 +237,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
         cross_attention_mask: Tensor | None = None,
@@ -279,9 +278,9 @@ class AcFormerModel(AcFormerPreTrainedModel):
             **told,
             **kwargs,
         )
-        visual_tokens = None if image_output is None else torch.cat(list(image_output.pooler_output))
+        image_states = None if image_output is None else torch.cat(list(image_output.pooler_output))
         known = {name: output[name] for name in KEPT if name in output}
-        return AcFormerModelOutput(**known, image_hidden_states=visual_tokens)
+        return AcFormerModelOutput(**known, image_hidden_states=image_states)
 
     def images_by_row(self, image_output: BaseModelOutputWithPooling, places: Tensor) -> dict[str, Tensor]:
         """What `forward` takes in place of the images at each step of a generation from a prompt with these places."""
@@ -426,7 +425,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         vision_features: VisionFeatures | Mapping | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | Tensor | None = None,
         supervised_only: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cross_attention_states: Tensor | None = None,
@@ -442,7 +441,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             labels: (B, L), -100 where nothing is learned; the loss is a mean over the others, or a sum divided by
                 `num_items_in_batch` when the trainer passes it.
             vision_features: encoder output instead of `pixel_values` (see `get_image_features`).
-            num_visual_tokens: T for this call, where the connector is elastic; under `concat` the prompt holds as many.
+            num_visual_tokens: T of this call, or (images,), where the connector is elastic; the prompt must fit.
             cross_attention_states, cross_attention_mask, cache: see `AcFormerModel.forward`.
             supervised_only: with labels, make logits (1, S, V) for the S supervised positions alone: the same loss
                 without the other rows of the vocabulary's product, and without a KV cache: for training.

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 
-from acformer.errors import CheckpointError
+from acformer.errors import CheckpointError, UsageError
 from acformer.hf.auto_map import AUTO_MAP
+from acformer.hf.budgets import Budgets, per_image, take_request
 from acformer.hf.fusion import FUSIONS
 from acformer.hf.publish import Published
 from acformer.images import load_image
@@ -22,12 +23,31 @@ IMAGE_TOKEN = "<image>"
 logger = logging.getLogger("acformer")
 
 
+class AcFormerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """What a call may say of its images beside the image processor's own options: see `acformer.hf.budgets`.
+
+    They stand here because vLLM looks for them here; `AcFormerProcessor` itself takes them out of the options.
+    """
+
+    num_visual_tokens: Any
+    num_image_tokens: Any
+    max_soft_tokens: Any
+    detail: Any
+
+
+class AcFormerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Options of `AcFormerProcessor`."""
+
+    images_kwargs: AcFormerImagesKwargs
+
+
 class AcFormerProcessor(Published, ProcessorMixin):
     """An image processor, a tokenizer that knows `<image>`, a chat template, and T.
 
     `num_placeholders` comes from the config's (the connector's T; 1 where `fusion` is not `concat`) and is saved with
     the processor, so that a server can size its prompts without the model. Processors saved before version 0.2 call it
-    `num_image_tokens`.
+    `num_image_tokens`. `budgets`: the config's, what the connector can give, as runs (first, last). `num_image_tokens`:
+    T of calls that name none, where it is not the model's own.
     """
 
     def __init__(
@@ -35,13 +55,18 @@ class AcFormerProcessor(Published, ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         chat_template: str | None = None,
-        num_placeholders: int = 145,
+        num_placeholders: int | None = None,
         image_token: str = IMAGE_TOKEN,
         fusion: str = "concat",
-        **kwargs: Any,
+        budgets: list | None = None,
+        num_image_tokens: int | None = None,
     ):
-        self.num_placeholders = kwargs.pop("num_image_tokens", num_placeholders)
+        own = num_image_tokens if num_placeholders is None else num_placeholders
+        self.num_placeholders = 145 if own is None else own
+        self.num_image_tokens = None if num_placeholders is None else num_image_tokens
         self.fusion = fusion
+        self.budgets = None if budgets is None else [[int(first), int(last)] for first, last in budgets]
+        self._request: tuple[str, Any] | None = None
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -50,33 +75,80 @@ class AcFormerProcessor(Published, ProcessorMixin):
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
     def __call__(
-        self, images: Any = None, text: Any = None, *, num_visual_tokens: int | None = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: Any = None,
+        *,
+        num_visual_tokens: Any = None,
+        **kwargs: Unpack[AcFormerProcessorKwargs],
     ) -> BatchFeature:
         """Model inputs for prompts in which every image is one `<image>`.
 
         Args:
-            images: PIL images, paths or bytes, all read by `load_image`, or arrays: one, a flat list in the order of
-                the tags, or a list for each prompt. Nothing is fetched.
+            images: PIL images, paths, bytes or data: URLs, all read by `load_image`, or arrays: one, a flat list in
+                the order of the tags, or a list for each prompt. Nothing is fetched.
             text: one prompt or several. Where they begin with the tokenizer's BOS token, as a rendered chat may, the
                 tokenizer does not add another one.
-            num_visual_tokens: another T in this call, passed on to the model with the inputs.
+            num_visual_tokens: another T in this call, or a list with one for each image; passed on to the model with
+                the inputs, as a number or as a tensor (images,). Also `num_image_tokens`, `max_soft_tokens` and
+                `detail`, alone or in `images_kwargs` (`acformer.hf.budgets`).
+            **kwargs: as transformers'.
 
         Prompts and images in the other order, `processor(text, images)`, are told apart and a line says so.
 
         Raises:
             ImageError: an image that cannot be read, a URL. ValueError: tags and images differ in number.
+            UsageError: a T that the connector cannot give, where the processor knows what it can.
         """
         images, text = self._in_order(images, text)
-        own = self.num_placeholders if self.fusion == "concat" else None
-        if num_visual_tokens is None or num_visual_tokens == own:
-            if self._begin_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
-                kwargs["add_special_tokens"] = False
-            return super().__call__(images=images, text=text, **kwargs)
-        other = copy.copy(self)
-        other.num_placeholders = self.count_placeholders(num_visual_tokens)
-        inputs = other(images, text, **kwargs)
-        inputs["num_visual_tokens"] = num_visual_tokens
+        options: dict[str, Any] = {**kwargs, "num_visual_tokens": num_visual_tokens}
+        request = take_request(options) or ("num_image_tokens", self.num_image_tokens)
+        if self._begin_with_bos(text) and "add_special_tokens" not in {**options, **options.get("text_kwargs", {})}:
+            options["add_special_tokens"] = False
+        sized = copy.copy(self)  # another thread may have another request
+        sized._request = request
+        if not isinstance(request[1], list | tuple | torch.Tensor):
+            self.sizes.of(*request)  # also where there is no image
+        inputs = super(AcFormerProcessor, sized).__call__(images=images, text=text, **options)
+        budget = sized._told(len(inputs["pixel_values"]) if "pixel_values" in inputs else 0, options)
+        if budget is not None:
+            inputs["num_visual_tokens"] = budget
         return inputs
+
+    @property
+    def sizes(self) -> Budgets:
+        """What an image may cost."""
+        choices = None if self.budgets is None else tuple((first, last) for first, last in self.budgets)
+        return Budgets(self.num_placeholders if self.fusion == "concat" else None, choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers'; without what belongs to one call."""
+        written = super().to_dict()
+        written.pop("_request", None)
+        return {key: value for key, value in written.items() if key != "num_image_tokens" or value is not None}
+
+    def _wanted(self, num_images: int) -> list[int | None]:
+        """T of each image as this call asks for it; None: the model's own."""
+        name, value = self._request or ("num_image_tokens", None)
+        wanted = [self.sizes.of(name, one) for one in per_image(value, num_images, name)]
+        if self.fusion != "concat" and len(set(wanted)) > 1:
+            raise UsageError(f"fusion {self.fusion!r} takes one number of visual tokens for all images of a call")
+        return wanted
+
+    def _told(self, num_images: int, options: Mapping) -> Any:
+        """`num_visual_tokens` for the model: nothing for its own T, a number, or a tensor (images,).
+
+        vLLM is always told a tensor, of which it gives each image its own element.
+        """
+        if not num_images:
+            value = (self._request or ("", None))[1]
+            return self.sizes.of(*self._request) if self._request and isinstance(value, int) else None
+        wanted = self._wanted(num_images)
+        given = {**options, **options.get("text_kwargs", {})}
+        is_vllm = given.get("return_text_replacement_offsets") and not given.get("return_offsets_mapping")
+        if is_vllm or len(set(wanted)) > 1:
+            return torch.tensor([self.num_placeholders if one is None else one for one in wanted])
+        return wanted[0]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,12 +212,23 @@ class AcFormerProcessor(Published, ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that stands for one image: T image tokens, whatever its size."""
-        return self.image_token * self.num_placeholders
+        return self.image_token * self.count_placeholders(self._wanted(len(image_inputs["pixel_values"]))[image_idx])
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """For vLLM: tokens per image of the given (height, width)s."""
+        """For vLLM: tokens per image of the given (height, width)s, with the options of a call.
+
+        Raises:
+            UsageError: a T that the connector cannot give; a fusion of which vLLM would leave the images out.
+        """
+        if self.fusion != "concat":
+            raise UsageError(
+                f"vLLM cannot serve fusion {self.fusion!r}, whose images the language model reads beside its "
+                "sequence; serve it with: acformer serve MODEL"
+            )
+        name, value = take_request(kwargs) or ("num_image_tokens", self.num_image_tokens)
         count = len(image_sizes or [])
-        return MultiModalData(num_image_tokens=[self.num_placeholders] * count, num_image_patches=[1] * count)
+        wanted = [self.count_placeholders(self.sizes.of(name, one)) for one in per_image(value, count, name)]
+        return MultiModalData(num_image_tokens=wanted, num_image_patches=[1] * count)
 
 
 def _is_nested(images: Any) -> bool:

@@ -10,6 +10,7 @@ goes straight to the one decoder that its first bytes name (`Image.open` warns a
 damaged entries), and what pixels do not need is removed first (`headers`).
 """
 
+import base64
 import os
 import re
 import stat
@@ -31,8 +32,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from acformer.errors import ImageError
 from acformer.images.headers import HEADERS, orientation
+from acformer.images.stored import StoredImage
 
-FileSource = str | os.PathLike[str] | bytes | BinaryIO
+FileSource = str | os.PathLike[str] | bytes | BinaryIO | StoredImage
 ImageSource = FileSource | Image.Image
 
 
@@ -64,8 +66,9 @@ DEFAULT_LIMITS = ImageLimits()
 def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Read `source` completely and return a new image of mode RGB, size (width, height) as seen upright.
 
-    `source` is a path, the file's bytes, a binary file object (read from where it stands, not closed), or an image
-    that PIL has opened or made: then the same pixels come out as of its file, and it stays as it is.
+    `source` is a path, the file's bytes, a `data:image/...;base64,` URL, a binary file object (read from where it
+    stands, not closed), a member of an archive (`StoredImage`), or an image that PIL has opened or made: then the same
+    pixels come out as of its file, and it stays as it is.
     PNG, JPEG, WEBP, GIF, BMP and TIFF are known by their first bytes, whatever the file is called. Of an
     animation or a multi-page file, the first frame. EXIF orientation is applied, transparency shows white,
     CMYK is converted, colour profiles are ignored. Grey of 16 bits is divided by 257; 32-bit integer grey is
@@ -101,8 +104,11 @@ def _name(source: ImageSource) -> str:
         return f"<{len(source)} bytes>"
     attribute = "filename" if isinstance(source, Image.Image) else "name"
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, attribute, None)
+    name = str(source) if isinstance(source, StoredImage) else name
     if not isinstance(name, (str, os.PathLike)) or not name:
         return f"<{type(source).__name__}>"
+    if isinstance(name, str) and _is_data_url(name):
+        return f"<data: URL of {len(name)} characters>"
     text = repr(os.fsdecode(name))[1:-1]  # one line, whatever characters the name holds
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -115,6 +121,8 @@ def _read(source: FileSource, max_bytes: int) -> bytes:
         data = bytes(source[: max_bytes + 1])
     elif isinstance(source, (str, os.PathLike)):
         data = _read_path(source, max_bytes + 1)
+    elif isinstance(source, StoredImage):
+        data = source.read(max_bytes + 1)
     elif callable(getattr(source, "read", None)):
         data = _read_file(source, max_bytes + 1)
     else:
@@ -127,7 +135,9 @@ def _read(source: FileSource, max_bytes: int) -> bytes:
 
 
 def _read_path(path: str | os.PathLike[str], size: int) -> bytes:
-    if isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]*://|data:", path, re.IGNORECASE):
+    if isinstance(path, str) and _is_data_url(path):
+        return _read_data_url(path, size)
+    if isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
         raise ImageError("remote URLs are off, download it first")
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
@@ -138,6 +148,21 @@ def _read_path(path: str | os.PathLike[str], size: int) -> bytes:
     except ValueError as error:
         raise ImageError("not a file name") from error
     raise ImageError("a directory or device, not a file")  # a pipe would block, a device never end
+
+
+def _is_data_url(text: str) -> bool:
+    return text[:5].lower() == "data:"
+
+
+def _read_data_url(url: str, size: int) -> bytes:
+    """What it holds, `size` bytes at most; what its header calls the format is not believed."""
+    header, comma, content = url.partition(",")
+    if not comma or not re.fullmatch(r"data:image/[a-z0-9.+-]+;base64", header, re.IGNORECASE):
+        raise ImageError("not a data:image/...;base64, URL")
+    try:
+        return base64.b64decode(content[: -(-size // 3) * 4], validate=True)[:size]  # 4 characters for 3 bytes
+    except ValueError as error:
+        raise ImageError("not base64") from error
 
 
 def _read_file(file: BinaryIO, size: int) -> bytes:

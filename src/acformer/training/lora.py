@@ -56,6 +56,8 @@ def lora_targets(model: Any, targets: str | list) -> list[str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inside = [name for name in linear if name.startswith(prefix)]
     if targets == "language_model":
+        if not inside:
+            raise UsageError("lora.targets: this language model has no linear layers to adapt")
         return inside
     last = {name.rpartition(".")[2] for name in inside}
     wanted = [targets] if isinstance(targets, str) else targets
@@ -65,21 +67,28 @@ def lora_targets(model: Any, targets: str | list) -> list[str]:
     return [name for name in inside if name.rpartition(".")[2] in wanted]
 
 
+def check_peft() -> None:
+    """`UsageError` where PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UsageError("lora needs PEFT, which is not installed: pip install 'acformer[peft]'") from error
+
+
 def add_adapters(model: Any, lora: LoraSpec) -> None:
     """Adapters into the model, in place; of its language model they alone learn, of the rest what did before.
 
     Raises:
         UsageError: PEFT is not installed, or a target that the language model has not.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UsageError("lora needs PEFT, which is not installed: pip install 'acformer[peft]'") from error
+    check_peft()
+    from peft import LoraConfig
+
     options = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora_targets(model, lora.targets)
     )
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    inject_adapter_in_model(options, model)  # which freezes all else
+    model.add_adapter(options)  # which freezes all else
     for name, parameter in model.named_parameters():
         if not name.startswith(("model.language_model.", "lm_head.")):
             parameter.requires_grad_(name in learning)

@@ -19,11 +19,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from acformer.data.entries import data_entries
 from acformer.errors import UsageError, unknown_name
 from acformer.training.lora import LoraSpec, check_adapters
 from acformer.training.strict_yaml import LIMIT, parse_yaml
 
 STAGES = ("pretrain", "finetune")
+SAVES = ("model", "connector")
 MODULES = ("vision_tower", "connector", "fusion", "language_model")
 RESERVED = {
     "learning_rate": "give {stage}.learning_rates.MODULE, one rate a module",
@@ -44,6 +46,8 @@ class ModelSpec:
     model (then `tokenizer_vocab` is the size of the byte-level BPE that is trained on the data).
     fusion: `concat` or `gated_cross_attention` (`acformer.hf.fusion`), with its options in fusion_kwargs.
     template: chat template saved with the model: `vicuna_v1`, `bare`, or `tokenizer` for the language model's own.
+    connector_weights: a trained connector to start from (`connector.safetensors`, a model's folder, LLaVA's
+    `mm_projector.bin`); its options must be these.
     """
 
     vision: str
@@ -57,20 +61,24 @@ class ModelSpec:
     template: str = "vicuna_v1"
     tokenizer_vocab: int = 512
     dtype: str = "float32"
+    connector_weights: str | None = None
 
 
 @dataclass
 class StageSpec:
     """One stage: its data, which modules learn and how fast, and `TrainingArguments` as they are.
 
+    data: one source or a list of them with weights (`acformer.data.entries`). packing: several samples in a row.
     template: for this stage's data only (`plain` in stage 1); default the model's. max_bad_fraction: of the
     records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
     many records of one image stand together in a batch, and the connector runs once for them. elastic: [low, high],
     every step draws its number of visual tokens from this range (`acformer.training.elastic`). lora: adapters of the
-    language model instead of its own weights. quantize: `nf4` or `int8`, its frozen weights in few bits.
+    language model instead of its own weights. quantize: `nf4` or `int8`, its frozen weights in few bits. save: `model`,
+    or `connector` for its weights alone, with a note where the others are. Adapters are always saved with the connector
+    alone.
     """
 
-    data: str
+    data: str | dict | list
     learning_rates: dict
     training: dict = field(default_factory=dict)
     template: str | None = None
@@ -79,8 +87,10 @@ class StageSpec:
     max_length: int = 2048
     group: int = 1
     elastic: list | None = None
+    packing: bool = False
     lora: LoraSpec | None = None
     quantize: str | None = None
+    save: str = "model"
     max_bad_fraction: float = 0.01
 
 
@@ -226,6 +236,11 @@ def _check_recipe(recipe: Recipe) -> None:
             f"model.fusion {recipe.model.fusion} starts with closed gates, through which nothing learns: give the "
             "first stage learning_rates.fusion"
         )
+    if recipe.stage == "all" and recipe.finetune and recipe.finetune.lora and recipe.pretrain and recipe.pretrain.lora:
+        raise UsageError("finetune.lora: pretrain has adapters too; run it alone and merge its model (acformer merge)")
+    is_new = isinstance(recipe.model.text, dict) and not recipe.from_model
+    if is_new and (first := recipe.pretrain or recipe.finetune) and first.save == "connector":
+        raise UsageError("save: connector would lose the new language model (model.text): not in the first stage")
     if recipe.cache_features and any("vision_tower" in spec.learning_rates for _, spec in recipe.stages()):
         raise UsageError("cache_features needs a frozen encoder: take vision_tower out of learning_rates")
 
@@ -242,6 +257,9 @@ def _check_stage(stage: str, spec: StageSpec) -> None:
     for key in spec.training:
         if key in RESERVED:
             raise UsageError(f"{stage}.training.{key} does nothing here: {RESERVED[key].format(stage=stage)}")
+    data_entries(spec.data, spec.image_root, key=f"{stage}.data")
+    if spec.packing and spec.elastic is not None:
+        raise UsageError(f"{stage}.packing and {stage}.elastic do not go together: take one of them")
     for key in ("max_samples", "max_length", "group"):
         _check_range(f"{stage}.{key}", getattr(spec, key), 1)
     if spec.elastic is not None:
@@ -250,6 +268,20 @@ def _check_stage(stage: str, spec: StageSpec) -> None:
             raise UsageError(f"{stage}.elastic must be [low, high], two numbers of visual tokens, got {spec.elastic}")
     _check_range(f"{stage}.max_bad_fraction", spec.max_bad_fraction, 0, 1)
     check_adapters(stage, spec.lora, spec.quantize, spec.learning_rates)
+    _check_save(stage, spec)
+
+
+def _check_save(stage: str, spec: StageSpec) -> None:
+    """`UsageError` where what is to be saved would lack something that was trained, or be what was quantised."""
+    if spec.save not in SAVES:
+        raise unknown_name(f"{stage}.save", spec.save, SAVES)
+    others = sorted(spec.learning_rates.keys() - {"connector", "fusion"})
+    if spec.save == "connector" and spec.lora:
+        raise UsageError(f"{stage}.save: connector: with lora, adapters and connector are saved; leave save out")
+    if spec.save == "connector" and others:
+        raise UsageError(f"{stage}.save: connector would lose {', '.join(others)}, which {stage}.learning_rates trains")
+    if spec.quantize and not spec.lora and spec.save != "connector":
+        raise UsageError(f"{stage}.quantize: the model in few bits is not worth saving; add {stage}.save=connector")
 
 
 def _check_range(path: str, value: float | None, low: float, high: float = math.inf) -> None:

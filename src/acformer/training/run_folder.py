@@ -1,7 +1,7 @@
 """A run's folder: whose run is in it, what of it is done, what a checkpoint was trained on, whether there is room."""
 
-import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from acformer.data.records import Samples, as_samples
 from acformer.data.samples import Sample
 from acformer.errors import CheckpointError, UsageError, translated
 from acformer.files import only_process, write_text
@@ -22,11 +23,24 @@ from acformer.training.trainer import module_parameters
 RECIPE = "recipe.yaml"
 TRAINED_ON = "trained_on.json"
 """In a checkpoint: what a run that goes on from it must have too."""
+PROCESSES = "processes.json"
+"""In a run's folder: how many processes have run each stage."""
+KNOWN = ("samples", "num_samples", "num_processes")
+"""What every checkpoint has written down."""
+ROWS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+"""How one process shares a step among its passes, and the defaults."""
+SHARING = ("fsdp", "fsdp_config", "deepspeed", "ddp_backend", "ddp_bucket_cap_mb", "ddp_timeout")
+"""Settings that share weights and work among processes, and change nothing in what is computed."""
 
 
 def is_first_process() -> bool:
     """Whether this process writes what is written once in a distributed run (torchrun and accelerate set RANK)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def num_processes() -> int:
+    """Of a distributed run; 1 for any other. Asked for before there is a process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -61,9 +75,11 @@ def check_same_run(recipe: Recipe) -> None:
     begun = [stage for stage in STAGES if _work_of(recipe, [stage])]
     if not (recipe.resume and begun):
         return
-    ours, theirs = _settings_until(recipe, begun[-1]), {}
+    ours = _settings_until(recipe, begun[-1], dict.fromkeys(STAGES, num_processes()))
+    theirs: dict[str, Any] = {}
     with suppress(UsageError):  # a record that another version has written may not be a recipe of ours
-        theirs = _settings_until(load_recipe(str(record)), begun[-1])
+        processes = {**dict.fromkeys(STAGES, num_processes()), **_processes(recipe.output)}
+        theirs = _settings_until(load_recipe(str(record)), begun[-1], processes)
     differing = [key for key in ours if key not in theirs or ours[key] != theirs[key]]
     if differing:
         keeping = "stage=finetune " if differing == ["finetune"] else ""
@@ -82,6 +98,8 @@ def claim(recipe: Recipe, stage: str) -> None:
             shutil.rmtree(path)
     recipe.output.mkdir(parents=True, exist_ok=True)
     write_text(recipe.output / RECIPE, replace(recipe, stage="all", resume=True).to_yaml())
+    processes = {**_processes(recipe.output), stage: num_processes()}
+    write_text(recipe.output / PROCESSES, json.dumps(processes))
 
 
 def _is_record(path: Path) -> bool:
@@ -95,14 +113,32 @@ def _is_record(path: Path) -> bool:
 
 def _work_of(recipe: Recipe, stages: Iterable[str]) -> list[Path]:
     """Checkpoints and models that the stages have left in the output folder."""
-    return [
-        path for stage in stages for name in ("checkpoint-*", "model") for path in (recipe.output / stage).glob(name)
-    ]
+    names = ("checkpoint-*", "model", "base")
+    return [path for stage in stages for name in names for path in (recipe.output / stage).glob(name)]
 
 
-def _settings_until(recipe: Recipe, last: str) -> dict[str, Any]:
-    """What of a recipe the stages up to `last` rest on."""
+def samples_a_step(training: Mapping[str, Any], num_processes: int) -> int:
+    """Rows of an optimizer step, over all its passes and processes (a row may be a group of samples)."""
+    return math.prod(training.get(key, default) for key, default in ROWS.items()) * num_processes
+
+
+def _processes(folder: Path) -> dict[str, int]:
+    """How many processes have run each stage, as far as it is written down."""
+    path = folder / PROCESSES
+    with suppress(OSError, ValueError):
+        return {stage: int(count) for stage, count in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {}
+
+
+def _settings_until(recipe: Recipe, last: str, processes: Mapping[str, int]) -> dict[str, Any]:
+    """What of a recipe the stages up to `last` rest on. How a step is shared among processes is not part of it."""
     values = asdict(replace(recipe, stage="all", resume=True))
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        if values[stage] is not None:
+            training = values[stage]["training"]
+            rows = samples_a_step(training, processes[stage])
+            kept = {key: value for key, value in training.items() if key not in (*ROWS, *SHARING)}
+            values[stage]["training"] = {**kept, "samples_a_step": rows}
     has_new_tokenizer = isinstance(recipe.model.text, dict) and recipe.from_model is None
     for stage in STAGES[STAGES.index(last) + 1 :]:
         spec = values.pop(stage) or {}
@@ -111,15 +147,10 @@ def _settings_until(recipe: Recipe, last: str) -> dict[str, Any]:
     return values
 
 
-def trained_on(samples: Sequence[Sample], num_processes: int) -> dict[str, Any]:
+def trained_on(samples: Samples | Sequence[Sample], num_processes: int) -> dict[str, Any]:
     """What decides which samples a step has, beside the recipe: their content and order, and the processes."""
-    paths = [path for sample in samples for path in sample.images]
-    root = os.path.commonpath(paths) if paths else ""  # the data may have moved with its images
-    digest = hashlib.sha256()
-    for sample in samples:
-        names = [os.path.relpath(path, root) for path in sample.images]
-        digest.update(json.dumps([sample.id, sample.messages, names]).encode())
-    return {"samples": digest.hexdigest(), "num_samples": len(samples), "num_processes": num_processes}
+    samples = as_samples(samples)
+    return {"samples": samples.fingerprint(), "num_samples": len(samples), "num_processes": num_processes}
 
 
 def check_trained_on(checkpoint: Path, now: Mapping[str, Any], data: str) -> None:
@@ -128,12 +159,15 @@ def check_trained_on(checkpoint: Path, now: Mapping[str, Any], data: str) -> Non
     if not path.exists():  # of a version that did not write it down
         return
     with translated(f"cannot go on from {checkpoint}", CheckpointError):
-        then = {key: json.loads(path.read_text(encoding="utf-8"))[key] for key in now}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        then = {"samples_a_step": found.get("samples_a_step"), **{key: found[key] for key in now if key in KNOWN}}
     remedy = "or start the stage anew with resume=false"
-    if then["num_processes"] != now["num_processes"]:
+    other_processes = then["num_processes"] != now["num_processes"]
+    if other_processes and then["samples_a_step"] != now["samples_a_step"]:
         raise UsageError(
-            f"{checkpoint} is of a run with {then['num_processes']} processes, and this one has "
-            f"{now['num_processes']}: start as many, {remedy}"
+            f"{checkpoint} is of a run with {then['num_processes']} processes and {then['samples_a_step']} samples a "
+            f"step, and this one has {now['num_processes']} and {now['samples_a_step']}: start as many, change "
+            f"per_device_train_batch_size or gradient_accumulation_steps, {remedy}"
         )
     if then["samples"] != now["samples"]:
         raise UsageError(
@@ -144,13 +178,15 @@ def check_trained_on(checkpoint: Path, now: Mapping[str, Any], data: str) -> Non
 
 def check_room(folder: Path, model: AcFormerForConditionalGeneration, stages: Mapping[str, StageSpec]) -> None:
     """`CheckpointError` where the disk has not even room for each stage's model, and one of its checkpoints."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
     needed = 0
     for spec in stages.values():
+        modules = set(spec.learning_rates) - ({"language_model"} if spec.lora else set())  # adapters are small
+        trained = sum(p.nbytes for name in modules for p in module_parameters(model)[name])
+        weights = trained if spec.lora or spec.save == "connector" else whole
         needed += weights
         if spec.training.get("save_strategy", "no") != "no":
-            trained = [p for name in spec.learning_rates for p in module_parameters(model)[name]]
-            needed += weights + 2 * sum(p.nbytes for p in trained)  # AdamW's two averages
+            needed += weights + 2 * trained  # AdamW's two averages
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -48,6 +48,9 @@ _NOT_UPLOADED = "nothing is uploaded while a run goes on, and no token is kept; 
 _NOT_RESUMED = "the run could not go on from its checkpoints as if it had never stopped"
 _EVAL_SCHEDULE = "it follows a loss that nobody measures while a stage trains"
 
+HINTS: dict[str, Any] = {"fsdp": bool | str | None}
+"""Types of fields that take more than transformers' own hint says."""
+
 ALLOWED = frozenset(_ALLOWED.split())
 """Fields that do here what they do in the Trainer, but for the values in the tables below."""
 
@@ -121,7 +124,7 @@ RULES: tuple[tuple[Callable[[TrainingArguments], bool], str], ...] = (
 
 def check_section(training: dict[str, Any]) -> None:
     """`UsageError` for a key of a recipe's `training` that there is not, that is not known here, or for its value."""
-    hints = get_type_hints(TrainingArguments)
+    hints = {**get_type_hints(TrainingArguments), **HINTS}
     for key, value in training.items():
         if key not in hints:
             raise unknown_name("training argument", key, ALLOWED & hints.keys())

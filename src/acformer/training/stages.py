@@ -9,7 +9,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,27 +18,37 @@ from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from acformer.data.chat_format import check_template
-from acformer.data.collate import Collator, ConversationDataset, grouped
+from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import split_at_images
-from acformer.data.datasets import load_samples
+from acformer.data.datasets import named_dataset, open_samples
+from acformer.data.entries import data_entries, data_title
+from acformer.data.mixture import Mixture
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SKIPPED, SkipLog
+from acformer.data.sources import look_through
 from acformer.data.templates import resolve_template
 from acformer.errors import CheckpointError, UsageError, translated
 from acformer.fetch.embedded import cache_dir
 from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.adapters import adapter_base
 from acformer.hf.build import build_model
 from acformer.hf.checkpoints import latest_valid_checkpoint, load_model, save_trained
 from acformer.hf.configuration_acformer import context_length
+from acformer.hf.quantize import check_bitsandbytes
+from acformer.images.stored import StoredImage
 from acformer.training import run_folder
 from acformer.training.arguments import check_arguments, fitting, training_arguments
+from acformer.training.distributed import check_one_reader
 from acformer.training.elastic import ElasticBudget, elastic_choices
 from acformer.training.failures import explained
+from acformer.training.learner import as_it_learns, cast_frozen, check_base, half_precision, saver, write_base
+from acformer.training.lora import check_peft, lora_targets
 from acformer.training.model_card import write_training_card
+from acformer.training.packed import check_packing, stage_packing
 from acformer.training.progress import ProgressLines, announced, is_terminal
 from acformer.training.recipe import Recipe, StageSpec
-from acformer.training.trainer import AcFormerTrainer, check_modules, freeze
+from acformer.training.trainer import AcFormerTrainer, check_modules
 from acformer.vision.feature_cache import FeatureCache
 
 logger = logging.getLogger("acformer")
@@ -63,7 +73,10 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
         todo = {stage: spec for stage, spec in recipe.stages() if not run_folder.is_done(recipe, stage)}
         for stage, spec in todo.items():
             with translated(stage, UsageError, UsageError):
-                _check_stage(spec, recipe.seed)
+                check_stage(spec, recipe.seed)
+                check_one_reader(
+                    cached=recipe.cache_features, elastic=spec.elastic is not None, quantize=spec.quantize is not None
+                )
         set_seed(recipe.seed)
         return _train_stages(recipe, todo, progress)
 
@@ -78,41 +91,67 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
             parts = load_model(str(folder))
             continue
         checkpoint = latest_valid_checkpoint(folder.parent, logger.warning) if recipe.resume else None
-        with announced(f"stage {stage}: reading {spec.data}"):
-            samples, skip_log = stage_samples(spec, folder.parent, checkpoint)
+        with announced(f"stage {stage}: reading {data_title(spec.data)}"):
+            samples, skip_log = stage_samples(spec, folder.parent, checkpoint, seed=recipe.seed)
             data = run_folder.trained_on(samples, PartialState().num_processes)
+            data["samples_a_step"] = run_folder.samples_a_step(spec.training, PartialState().num_processes)
         if checkpoint is not None:
-            run_folder.check_trained_on(checkpoint, data, spec.data)
+            run_folder.check_trained_on(checkpoint, data, data_title(spec.data))
         if parts is None or checkpoint is not None:
             with announced(f"stage {stage}: loading the model"):
-                parts = _first_model(recipe, stage, checkpoint)
+                parts = first_model(recipe, stage, checkpoint)
         if processors is None:
-            processors = {name: _stage_processor(recipe, name, parts) for name in todo}
+            processors = {name: stage_processor(recipe, name, parts) for name in todo}
             run_folder.check_room(recipe.output, parts[0], todo)
         run_folder.claim(recipe, stage)
-        trainer = _trainer(recipe, stage, parts, processors[stage], samples, skip_log, progress)
+        if run_folder.is_first_process():
+            write_base(recipe, stage, parts)
+        trainer = stage_trainer(recipe, stage, parts, processors[stage], (samples, skip_log), checkpoint, progress)
         trainer.complete = partial(_complete_checkpoint, parts[1], skip_log, data)
         _run(trainer, checkpoint, parts[1], folder)
+        config = parts[0].config
+        if trainer.model is not parts[0] or trainer.save_weights or trainer.saved_dtype:
+            parts = None  # the next stage starts from what was saved
         logger.info("stage %s: %d records read, %d skipped", stage, skip_log.offered, skip_log.skipped)
         if run_folder.is_first_process():
-            write_training_card(folder, parts[0].config, recipe, stage)
+            write_training_card(folder, config, recipe, stage)
         logger.info("stage %s: model saved in %s", stage, folder)
     return folder
 
 
-def _check_stage(spec: StageSpec, seed: int) -> None:
+def check_stage(spec: StageSpec, seed: int) -> None:
     """What can be told of a stage before anything is built."""
     check_arguments(spec, seed)
+    if spec.lora is not None:
+        check_peft()
+    if spec.quantize is not None:
+        check_bitsandbytes()
     drops = spec.training.get("dataloader_drop_last", False)
-    limit = spec.max_samples if drops else 1
-    skip_log = SkipLog(max_bad_fraction=1.0)
-    samples = load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=limit)
+    is_named = all(named_dataset(entry.path) for entry in data_entries(spec.data))  # one that may have to be made
+    few = spec if drops or not is_named else replace(spec, max_samples=1)
+    samples = _open(few, seed, skip_log := SkipLog(max_bad_fraction=1.0))
+    look_through(samples, data_title(spec.data), skip_log)
+    if not drops:
+        return
     rows = spec.training.get("per_device_train_batch_size", 8) * PartialState().num_processes
-    if drops and len(grouped(samples, spec.group)) < rows:
+    if len(ConversationDataset(samples, None, group=spec.group)) < rows:
         raise UsageError(
             f"training.dataloader_drop_last would drop all there is: {len(samples)} samples do not fill a batch of "
             f"{rows}"
         )
+
+
+def _open(spec: StageSpec, seed: int, skip_log: SkipLog) -> Mixture:
+    """The stage's samples; of a stream, as many as its steps take."""
+    training, rows = spec.training, None
+    if data_entries(spec.data)[0].streaming and training.get("max_steps", -1) > 0:
+        if spec.group > 1 or training.get("train_sampling_strategy", "random") == "group_by_length":
+            raise UsageError("a stream is taken as it comes: leave group and train_sampling_strategy out")
+        rows = training["max_steps"] * training.get("per_device_train_batch_size", 8)
+        rows *= training.get("gradient_accumulation_steps", 1) * PartialState().num_processes
+    return open_samples(
+        spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples, seed=seed, num_rows=rows
+    )
 
 
 def _run(trainer: AcFormerTrainer, checkpoint: Path | None, processor: AcFormerProcessor, folder: Path) -> None:
@@ -143,27 +182,31 @@ def _complete_checkpoint(processor: AcFormerProcessor, skip_log: SkipLog, data: 
     write_text(checkpoint / run_folder.TRAINED_ON, json.dumps(data, indent=1))
 
 
-def stage_samples(spec: StageSpec, folder: Path, resumed: Path | None = None) -> tuple[list[Sample], SkipLog]:
-    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`.
+def stage_samples(
+    spec: StageSpec, folder: Path, resumed: Path | None = None, *, seed: int = 0
+) -> tuple[Mixture, SkipLog]:
+    """The stage's records; bad ones are counted and written to `<folder>/skipped.jsonl`, when they are reached.
 
-    resumed: a checkpoint; what was skipped on the way to it stays skipped.
+    resumed: a checkpoint; what was skipped on the way to it stays skipped. seed: of the order of a stream.
     """
     with PartialState().main_process_first():  # one makes the log, the others go on in it
         path, first = folder / SKIPPED, run_folder.is_first_process()
         skip_log = SkipLog(path, max_bad_fraction=spec.max_bad_fraction, fresh=first)
         if first and resumed is not None and (resumed / SKIPPED).exists():
             shutil.copy(resumed / SKIPPED, path)
-        return load_samples(spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples), skip_log
+        samples = _open(spec, seed, skip_log)
+        look_through(samples, data_title(spec.data), skip_log)
+        return samples, skip_log
 
 
-def _first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
+def first_model(recipe: Recipe, stage: str, checkpoint: Path | None) -> Parts:
     """What the first stage of this call starts from: its checkpoint, a given model, stage 1's result, or new parts.
 
     A new tokenizer is the checkpoint's: it would be another one where the data has changed since.
     """
     has_processor = checkpoint is not None and (checkpoint / "tokenizer_config.json").exists()
     if checkpoint is not None and has_processor and any(checkpoint.glob("*.safetensors")):  # a sharded one has none
-        return load_model(str(checkpoint))
+        return load_model(adapter_base(checkpoint) or str(checkpoint))  # adapters are not merged to be trained
     after_pretrain = recipe.output / "pretrain" / "model"
     if recipe.from_model is not None:
         return load_model(recipe.from_model)
@@ -180,21 +223,26 @@ def recipe_texts(recipe: Recipe) -> Iterator[str]:
     for spec in (recipe.pretrain, recipe.finetune):
         if spec is not None:
             skip_log = SkipLog(max_bad_fraction=spec.max_bad_fraction)
-            for sample in load_samples(spec.data, image_root=spec.image_root, skipped=skip_log):
+            for sample in _open(replace(spec, max_samples=None), recipe.seed, skip_log):
                 for message in sample.messages:
                     yield from split_at_images(message)
 
 
-def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
+def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerProcessor, ElasticBudget | None]:
     """The processor that encodes a stage's samples, and the stage's budget; `UsageError` if model and stage differ."""
     model, processor = parts
     spec: StageSpec = getattr(recipe, stage)
     own, budget = copy.copy(processor), None
     with translated(stage, UsageError, UsageError):
         check_modules(model, spec.learning_rates)
+        if spec.lora is not None:
+            lora_targets(model, spec.lora.targets)
+            check_base(recipe, stage)
         if spec.template is not None:
             own.chat_template = resolve_template(spec.template, processor.tokenizer)
         check_template(own)
+        if spec.packing:
+            check_packing(model)
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
@@ -203,31 +251,40 @@ def _stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormer
     return own, budget
 
 
-def _trainer(
+def stage_trainer(
     recipe: Recipe,
     stage: str,
     parts: Parts,
     encoding: tuple[AcFormerProcessor, ElasticBudget | None],
-    samples: list[Sample],
-    skip_log: SkipLog,
+    data: tuple[Mixture, SkipLog],
+    checkpoint: Path | None,
     progress: bool,
 ) -> AcFormerTrainer:
-    (model, _), (processor, budget) = parts, encoding
+    """Of a stage of the recipe: the model as it learns there, its data in batches, what is saved.
+
+    encoding: of `stage_processor`. data: of `stage_samples`. checkpoint: to go on from.
+    """
+    (model, _), (processor, budget), (samples, skip_log) = parts, encoding, data
     spec: StageSpec = getattr(recipe, stage)
-    logger.info("stage %s: %d samples\n%s", stage, len(samples), freeze(model, spec.learning_rates))
     args = training_arguments(spec, recipe.output / stage, recipe.seed, progress and is_terminal())
-    model.to(args.device)
+    model, table = as_it_learns(model, spec, args, checkpoint)
+    logger.info("stage %s: %d samples\n%s", stage, len(samples), table)
     dataset = ConversationDataset(samples, processor, max_length=_max_length(spec, model, stage), group=spec.group)
-    features = cached_features(parts, samples, progress) if recipe.cache_features else None
+    features = cached_features((model, processor), samples, progress) if recipe.cache_features else None
+    packing = stage_packing(spec, model)
+    half, dtype = half_precision(args), next(p.dtype for p in model.parameters() if p.requires_grad)
+    cast_frozen(model, half)
     with translated(stage, UsageError, UsageError), fitting():
         trainer = AcFormerTrainer(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=Collator(processor, features=features, skip_log=skip_log, dataset=dataset),
+            data_collator=Collator(processor, features=features, skip_log=skip_log, dataset=dataset, packing=packing),
             learning_rates=spec.learning_rates,
             budget=budget,
         )
+    trainer.save_weights = saver(recipe, stage, model)
+    trainer.saved_dtype = dtype if half is not None else None
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log to stdout
     if progress and not is_terminal():
         trainer.add_callback(ProgressLines())
@@ -264,5 +321,12 @@ def cached_features(
         hidden_layers=connector.hidden_layers,
         input_grid=connector.input_grid,
     )
-    cache.add((path for sample in samples for path in sample.images), progress=progress)
+    cache.add((image for sample in samples for image in _files_of(sample)), progress=progress)
     return cache
+
+
+def _files_of(sample: Sample) -> Iterator[Path | StoredImage]:
+    for image in sample.images:
+        if isinstance(image, bytes):
+            raise UsageError(f"cache_features knows images by their files, and {sample.file} holds them itself")
+        yield image

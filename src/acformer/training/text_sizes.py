@@ -4,22 +4,21 @@ A plan must not need the data. Where they are here, the first records are read a
 `acformer.data.lengths` does; LLaVA-1.5's two files are known by their names; anything else is assumed, and said to be.
 """
 
-import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acformer.data.conversation import split_at_images
-from acformer.data.datasets import load_samples, named_dataset
+from acformer.data.datasets import load_samples, open_samples
+from acformer.data.entries import data_entries, data_title
 from acformer.data.lengths import BYTES_PER_TOKEN, TOKENS_PER_TURN
+from acformer.data.mixture import weighted_size
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SkipLog
-from acformer.errors import AcFormerError
+from acformer.errors import AcFormerError, DataError
 from acformer.training.recipe import StageSpec
 
 READ = 1000
 """Records of which lengths are taken."""
-KEYS = (b'"conversations"', b'"messages"')
-"""What every record has one of."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,15 @@ def text_sizes(spec: StageSpec, template: str) -> TextSizes:
     try:
         found = _read(spec, plain=template == "plain")
     except (AcFormerError, OSError):
-        found = KNOWN.get(Path(spec.data).name) or _assumed(template)
+        found = KNOWN.get(Path(data_title(spec.data)).name) or _assumed(template)
     if spec.max_samples is not None:
         found = replace(found, samples=min(spec.max_samples, found.samples or spec.max_samples))
     return found
 
 
 def _read(spec: StageSpec, *, plain: bool) -> TextSizes:
+    if data_entries(spec.data)[0].streaming:
+        raise DataError("a plan does not read streams")
     limit = min(READ, spec.max_samples or READ)
     skipped = SkipLog(max_bad_fraction=1.0)
     samples = load_samples(spec.data, image_root=spec.image_root, skipped=skipped, limit=limit)
@@ -66,7 +67,7 @@ def _read(spec: StageSpec, *, plain: bool) -> TextSizes:
         mean=round(sum(lengths) / len(lengths)),
         supervised=round(sum(learned) / len(learned)),
         longest=max(lengths),
-        source=f"the first {len(samples)} samples of {spec.data}",
+        source=f"the first {len(samples)} samples of {data_title(spec.data)}",
     )
 
 
@@ -76,20 +77,11 @@ def _tokens(sample: Sample, roles: set[str]) -> int:
 
 
 def _count(spec: StageSpec, read: int, limit: int) -> int:
-    """All samples: those that were read where there are no more, else a file's records, counted by their keys."""
+    """All samples of an epoch: those that were read where there are no more."""
     if read < limit or read == spec.max_samples:
         return read
-    if named_dataset(spec.data) is not None:
-        return len(load_samples(spec.data, skipped=SkipLog(max_bad_fraction=1.0), limit=spec.max_samples))
-    with Path(spec.data).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return sum(_occurrences(text, key) for key in KEYS)
-
-
-def _occurrences(text: mmap.mmap, key: bytes) -> int:
-    count, at = 0, text.find(key)
-    while at >= 0:
-        count, at = count + 1, text.find(key, at + len(key))
-    return count
+    samples = open_samples(spec.data, image_root=spec.image_root, limit=spec.max_samples)
+    return weighted_size(samples.counts, samples.weights)
 
 
 def _assumed(template: str) -> TextSizes:

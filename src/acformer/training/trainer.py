@@ -3,22 +3,25 @@ visual tokens that may change at every step, batches of like length that a resum
 step that is not finite, whole checkpoints.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 
 from acformer.data.collate import ConversationDataset
 from acformer.data.lengths import LengthGroupedSampler
+from acformer.data.mixture import MixtureSampler
 from acformer.errors import CheckpointError, DataError, DivergedError, UsageError, translated
 from acformer.hf import AcFormerForConditionalGeneration
 from acformer.hf.checkpoints import keep_newest, write_manifest
+from acformer.training.distributed import load_sharded_optimizer, save_sharded_optimizer, set_up_fsdp
 from acformer.training.elastic import ElasticBudget
 from acformer.training.failures import LOADER_TIMEOUT
 from acformer.training.progress import announced
@@ -26,22 +29,32 @@ from acformer.training.recipe import MODULES
 from acformer.training.settings import check_settings
 from acformer.training.stopping import StopOnSignal
 
+Saver = Callable[[Path, Mapping[str, torch.Tensor]], None]
+"""Writes some of a model's weights (by their names) into a folder."""
+
 
 def freeze(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
-    """Only the named modules learn; returns the table of who does, with parameter counts.
+    """Only the named modules learn; returns the table of who does, with parameter counts (`learning_table`).
 
     `UsageError` for a module of which the model has none (`fusion`, where that is `concat`).
     """
     check_modules(model, learning_rates)
+    for name, parameters in module_parameters(model).items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in learning_rates and parameter.is_floating_point())
+    return learning_table(model, learning_rates)
+
+
+def learning_table(model: AcFormerForConditionalGeneration, learning_rates: dict[str, float]) -> str:
+    """A line a module: its parameters, how many of them learn, and at what rate."""
     lines = []
     for name, parameters in module_parameters(model).items():
         if not parameters:
             continue
-        rate = learning_rates.get(name)
-        for parameter in parameters:
-            parameter.requires_grad_(rate is not None)
-        count = sum(p.numel() for p in parameters)
-        lines.append(f"{name:<15} {count / 1e6:9.2f} M  {'frozen' if rate is None else f'lr {rate:g}'}")
+        count, learning = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+        rate = f"lr {learning_rates[name]:g}" if learning else "frozen"
+        part = f" of which {learning / 1e6:.2f} M learn" if 0 < learning < count else ""
+        lines.append(f"{name:<15} {count / 1e6:9.2f} M  {rate}{part}")
     return "\n".join(lines)
 
 
@@ -87,11 +100,15 @@ class AcFormerTrainer(Trainer):
         self.learning_rates = learning_rates
         self.budget = budget
         self.complete = complete
+        self.save_weights: Saver | None = None
+        self.saved_dtype: torch.dtype | None = None
         self.is_saving = False
         self.sample_ids: list[str] = []  # of the step, which may have several batches
         # The Trainer would remove the older checkpoints before the new one has its manifest: we do it after.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.stop = StopOnSignal(self)
+        if self.is_fsdp_enabled and isinstance(self.model, AcFormerForConditionalGeneration):
+            set_up_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.add_callback(StopOnBadGradient(self))
         self.add_callback(self.stop)
 
@@ -109,8 +126,9 @@ class AcFormerTrainer(Trainer):
             for module, parameters in module_parameters(self.model).items():
                 if module not in self.learning_rates:
                     continue
+                learning = [p for p in parameters if p.requires_grad]  # of a module with adapters, these alone
                 for decay in (self.args.weight_decay, 0.0):
-                    chosen = [p for p in parameters if (id(p) in decayed) == (decay > 0)]
+                    chosen = [p for p in learning if (id(p) in decayed) == (decay > 0)]
                     groups.append({"params": chosen, "lr": self.learning_rates[module], "weight_decay": decay})
                     if self.args.weight_decay == 0:
                         break
@@ -126,15 +144,27 @@ class AcFormerTrainer(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Ours for `group_by_length`: the Trainer's wants items that are dicts and opens them all."""
+        """Ours for `group_by_length`, mixtures, streams: the Trainer's wants dicts and opens them all."""
         args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
-        if args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, ConversationDataset):
+        if not isinstance(dataset, ConversationDataset):
+            return super()._get_train_sampler(train_dataset)
+        if dataset.is_stream:
+            return SequentialSampler(dataset)
+        mixture, by_length = dataset.mixture(), args.train_sampling_strategy == "group_by_length"
+        if not (mixture or by_length):
             return super()._get_train_sampler(train_dataset)
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        with announced("estimating the lengths of the samples"):
-            lengths = dataset.lengths()
-        return LengthGroupedSampler(lengths, rows, seed, lambda: int(self.state.epoch or 0))
+        lengths = None
+        if by_length:
+            with announced("estimating the lengths of the samples"):
+                lengths = dataset.lengths()
+        if mixture:
+            return MixtureSampler(*mixture, seed, self._epoch, lengths, rows)
+        return LengthGroupedSampler(lengths or [], rows, seed, self._epoch)
+
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """The batches of a step, cut to its number of visual tokens; and the number of tokens that it learns.
@@ -192,12 +222,38 @@ class AcFormerTrainer(Trainer):
             self.is_saving = False
         self.stop.saved_step = step
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the Trainer's, unless `save_weights` says which weights; `saved_dtype` is what they are loaded in."""
+        if self.save_weights is None:
+            super()._save(output_dir, state_dict)
+            if self.saved_dtype is not None and self.args.should_save:
+                _write_dtype(Path(output_dir or self.args.output_dir), self.saved_dtype)
+        elif self.args.should_save:
+            self.save_weights(Path(output_dir or self.args.output_dir), state_dict or self.model.state_dict())
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if self.save_weights is not None or self.is_fsdp_enabled:
+            return  # the stage has put them into the model, before it was sharded
         with _going_on_from(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's; of FSDP's shards one whole file, as one process has it."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_sharded_optimizer(self.model, self.optimizer, Path(output_dir), writes=self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _going_on_from(checkpoint):
+            if self.is_fsdp_enabled and checkpoint is not None:
+                reads = self.is_world_process_zero()
+                load_sharded_optimizer(self.model, self.optimizer, Path(checkpoint), reads=reads)
+                state = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+                self.lr_scheduler.load_state_dict(state)
+                return
             super()._load_optimizer_and_scheduler(checkpoint)
             for parameter, state in self.optimizer.state.items():
                 for name in {"exp_avg", "exp_avg_sq"} & state.keys():
@@ -205,12 +261,25 @@ class AcFormerTrainer(Trainer):
                         raise ValueError(f"{name} has shape {tuple(shape)}, its weight {tuple(parameter.shape)}")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer's; a process that the checkpoint does not know starts with a seed of its own."""
+        world, rank = self.args.world_size, self.args.process_index
+        name = "rng_state.pth" if world == 1 else f"rng_state_{rank}.pth"
+        if checkpoint is not None and not (Path(checkpoint) / name).exists():
+            set_seed((self.args.seed + 1_000_003 * self.state.global_step + rank) % 2**32)
+            return
         with _going_on_from(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _going_on_from(checkpoint):
             super()._load_scaler(checkpoint)
+
+
+def _write_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Into the config: where frozen weights are in half precision, the Trainer's would say that all are."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, "dtype": str(dtype).removeprefix("torch.")}, indent=2), encoding="utf-8")
 
 
 def _going_on_from(checkpoint: str | None) -> AbstractContextManager[None]:

@@ -127,7 +127,7 @@ def _features(
     tokens, row, prefix = recording.tokens[len(blocks)], recording.row, num_prefix_tokens(config)
     if tokens.shape[1] != prefix + grid[0] * grid[1]:
         raise UsageError(
-            f"the encoder gives {tokens.shape[1]} tokens for {grid[0]} x {grid[1]} patches, where its line in "
+            f"the encoder gives {tokens.shape[1]} tokens for {grid[0]} x {grid[1]} patches, where its entry in "
             f"acformer.vision.families says {prefix} + {grid[0] * grid[1]}: "
             "its patches are not in their places, or another number of tokens stands before them"
         )

@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from acformer.errors import DataError, ImageError, UsageError
 from acformer.files import file_sha256, locked
-from acformer.images import load_image
+from acformer.images import image_bytes, load_image
+from acformer.images.stored import StoredImage
 from acformer.vision.families import encoder_family
 from acformer.vision.features import VisionFeatures
 
@@ -164,6 +165,9 @@ class FeatureCache:
         for path in dict.fromkeys(paths):
             try:
                 digest = self._digest(path)
+            except ImageError as error:  # in an archive
+                self.reasons[path] = str(error)
+                continue
             except OSError as error:
                 self.digests.pop(path, None)
                 self.reasons[path] = f"cannot be read ({(error.strerror or 'input error').lower()}): {path}"
@@ -172,13 +176,14 @@ class FeatureCache:
                 new.setdefault(digest, []).append(path)
         return new
 
-    def _digest(self, path: Path) -> str:
+    def _digest(self, path: Path | StoredImage) -> str:
         """The sha256 of a file, computed again where it seems to have changed."""
-        status = path.stat()
+        stored = isinstance(path, StoredImage)
+        status = os.stat(path.archive if isinstance(path, StoredImage) else path)
         signature = (status.st_size, status.st_mtime_ns, status.st_ino)
         known, digest = self.digests.get(path, (None, ""))
         if known != signature:
-            digest = file_sha256(path)
+            digest = hashlib.sha256(image_bytes(path)).hexdigest() if stored else file_sha256(path)
             self.digests[path] = (signature, digest)
         return digest
 

@@ -1,5 +1,6 @@
 """`VisionFeatures`: the one form in which every connector receives an image, whatever encoder it came from."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -33,3 +34,12 @@ class VisionFeatures(NamedTuple):
     def patches(self) -> Float[Tensor, "B N D"]:
         """(B, N, D): the tokens without the prefix."""
         return self.tokens[:, self.num_prefix_tokens :]
+
+    def rows(self, chosen: Sequence[int]) -> "VisionFeatures":
+        """Those of some of the images, in that order."""
+        row, hidden_layers, chosen = self.cls_attention, self.hidden_layers, list(chosen)
+        return self._replace(
+            tokens=self.tokens[chosen],
+            cls_attention=None if row is None else row[chosen],
+            hidden_layers=None if hidden_layers is None else hidden_layers[chosen],
+        )

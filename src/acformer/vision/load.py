@@ -1,17 +1,30 @@
 """Vision towers by name, and how they want their pixels: hub, folder, embedded, timm and open_clip."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AutoModel, LlavaImageProcessorPil, PreTrainedModel
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from acformer.errors import AcFormerError, CheckpointError, UsageError
 from acformer.fetch.embedded import resolve
 from acformer.untrusted import load_config
 from acformer.vision.families import ENCODERS
 from acformer.vision.library import LibraryVisionModel, is_library_name, load_library_model
+
+
+def placement() -> dict[str, Any]:
+    """Arguments of `from_pretrained`: no memory for weights that another process reads and sends here.
+
+    That is so under FSDP with `cpu_ram_efficient_loading`, on all ranks of a machine but the first. transformers then
+    leaves only weights without memory that no file has, and reads the others on every rank.
+    """
+    waits = is_fsdp_enabled() and os.environ.get("LOCAL_RANK", "0") != "0"
+    return {"device_map": {"": "meta"}} if waits else {}
 
 
 def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -35,6 +48,7 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            **placement(),
         )
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(report["missing_keys"]) or sorted(str(key) for key in report["mismatched_keys"])

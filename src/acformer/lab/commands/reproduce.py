@@ -11,16 +11,20 @@ from acformer.errors import UsageError
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("reproduce", parents=[common], help="train and score every row of a table of the paper")
-    sub.add_argument("table", help="table3, table4 or figure1; with --scores table1 to table5")
+    sub.add_argument("table", help="table3, table4, figure1 or successor; with --scores table1 to table5")
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the scale's recipe; needs --name")
     sub.add_argument("--name", help="of the table, where it is not the paper's: results go to OUT/NAME-SCALE")
     sub.add_argument(
         "--scale",
         default="cpu",
-        help="cpu (heads read the tokens), cpu-lm (a small language model, slow) or gpu (default cpu)",
+        help="cpu (a probe is given the tokens), cpu-hard (the same on harder scenes), cpu-lm (a small language model, "
+        "slow) or gpu (default cpu)",
     )
     sub.add_argument("--seeds", type=positive, help="runs a row (default: the plan's)")
     sub.add_argument("--connectors", nargs="+", metavar="NAME", help="train only these connectors' rows")
+    sub.add_argument(
+        "--tokens", type=positive, nargs="+", metavar="T", help="train only at these of the scale's budgets"
+    )
     sub.add_argument("--jobs", type=positive, help="runs side by side (default: one a core, one on an accelerator)")
     sub.add_argument("--out", type=Path, default=Path("results"), help="tables go to OUT/TABLE-SCALE")
     sub.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="where models lie while they are made")
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace) -> str:
         arguments.out,
         arguments.work,
         connectors=arguments.connectors,
+        budgets=arguments.tokens,
         jobs=arguments.jobs,
         keep_models=arguments.keep_models,
         progress=not arguments.quiet,

@@ -35,7 +35,8 @@ def questions(data: str) -> tuple[str, ...]:
 
 def images(data: str = "") -> dict[str, Image.Image]:
     """Up to three, by name: a shape, a scene, a photograph; what the data has comes first, else the photograph."""
-    first = {"easy-vqa": "A shape", "openmoji-scenes": "A scene"}.get(data.removesuffix("-small"), "A photograph")
+    kind = data.removesuffix("-small").removesuffix("-hard")
+    first = {"easy-vqa": "A shape", "openmoji-scenes": "A scene"}.get(kind, "A photograph")
     found = {}
     for name in sorted(_MAKERS, key=lambda name: name != first):
         with suppress(CheckpointError, DataError):  # not fetched

@@ -30,7 +30,7 @@ from acformer.files import locked
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import parse_device
 from acformer.hf.checkpoints import load_model
-from acformer.lab.reproduce.plans import PROBE, Scale
+from acformer.lab.reproduce.plans import PROBES, Scale
 from acformer.lab.reproduce.probe_pretraining import pretrained_by_probe, probe_recipe, text_width
 from acformer.lab.reproduce.records import read_record, write_record
 from acformer.lab.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
@@ -117,7 +117,7 @@ def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
 
 def trial_loss(recipe: Recipe, data: str, limit: int, width: int = WIDTH) -> float:
     """The loss on held-out data of what the recipe trains; `width`: of the tokens that a probe is given."""
-    if recipe.model.text == PROBE:
+    if recipe.model.text in PROBES:
         return probe_loss(train_probe(recipe, width).probed, data.partition(":")[2], limit)
     parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
     return answer_loss(parts, recipe, evaluation_samples(data, limit))
@@ -150,7 +150,7 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
         recipe = pretrained_by_probe(recipe, probe, folder / f"probe-x{factor:g}" / "model")
     else:
         recipe = with_factor(recipe, factor)
-    measure = probe_figures if recipe.model.text == PROBE else model_figures
+    measure = probe_figures if recipe.model.text in PROBES else model_figures
     return {
         "connector": recipe.model.connector,
         "num_tokens": run.num_tokens,
@@ -170,7 +170,7 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
 def _time(task: Task, timing: Timing, folder: Path) -> dict[str, Any]:
     """Median seconds of forward, backward and update; at a rate so low that nothing diverges."""
     recipe = with_factor(replace(task.recipe(timing.run, folder), seed=timing.seed), 1e-3)
-    if recipe.model.text == PROBE:
+    if recipe.model.text in PROBES:
         seconds = train_probe(with_steps(recipe, WARM_UP_STEPS + TIMED_STEPS)).seconds
     else:  # a step of training builds the model as the recipe has it
         parts = load_model(str(train(with_steps(recipe, 1), progress=False)), device=parse_device("auto"))

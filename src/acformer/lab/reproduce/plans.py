@@ -13,8 +13,14 @@ from acformer.errors import UsageError, unknown_name
 from acformer.training.recipe import Recipe, load_recipe
 
 PROBE = "scene-reader"
-"""As `model.text` of a recipe: no language model, a small probe is given the tokens. The name is in records."""
-OWN_RECIPES = {"scenes-cpu": Path(__file__).with_name("scenes-cpu.yaml")}
+"""As `model.text` of a recipe: no language model, a small probe is given the tokens. The name is in records.
+
+Its weights start from what drawing the connector's has left of the seed, so from others in every row.
+"""
+PAIRED_PROBE, MIXING_PROBE = "scene-probe", "scene-probe-attends"
+"""The same probe, and one that lets the tokens read each other first; both start from the same weights in every row."""
+PROBES = (PROBE, PAIRED_PROBE, MIXING_PROBE)
+OWN_RECIPES = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("scenes-cpu", "scenes-cpu-hard")}
 """Recipes with a probe, by name; not of `acformer train`, since there would be no model to save."""
 
 
@@ -25,11 +31,15 @@ def table_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line of a table: a connector with the options in which it differs from its defaults at a budget."""
+    """A line of a table: a connector with the options in which it differs from its defaults at a budget.
+
+    rate_of: the connector whose search for a learning rate it takes over instead of making its own; "" for none.
+    """
 
     name: str
     connector: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    rate_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,11 @@ class Scale:
         if recipe.from_model is not None:
             raise UsageError(f"from_model={recipe.from_model}: what a table compares is trained from nothing")
         probe = table_recipe(self.probe) if self.probe else recipe
-        if self.probe and (probe.model.text != PROBE or recipe.model.text == PROBE):
+        if self.probe and (probe.model.text not in PROBES or recipe.model.text in PROBES):
             raise UsageError(
                 f"scale {self.name!r}: model.text must be {PROBE} in probe={self.probe} and in no other recipe"
             )
-        if probe.model.text == PROBE and probe.finetune:
+        if probe.model.text in PROBES and probe.finetune:
             self._refuse_other_scenes(probe.finetune.data)
         return replace(recipe, name=Path(self.recipe).stem, output_dir="", resume=True)
 
@@ -109,7 +119,8 @@ class Scale:
 class Plan:
     """A table at a scale. fractions: of the samples, below 1, with which the rows are trained too (same steps).
 
-    table: the one that it is a variant of, where it has a name of its own.
+    table: the one that it is a variant of, where it has a name of its own. against: rows that every other row is
+    compared with, seed by seed.
     """
 
     name: str
@@ -118,6 +129,7 @@ class Plan:
     rows: tuple[TableRow, ...]
     fractions: tuple[float, ...] = ()
     table: str | None = None
+    against: tuple[str, ...] = ("acformer",)
 
     @property
     def folder(self) -> str:
@@ -139,6 +151,7 @@ class Table:
     asks: str
     rows: Callable[[], tuple[TableRow, ...]]
     fractions: tuple[float, ...] = ()
+    against: tuple[str, ...] = ("acformer",)
 
 
 def plan_for(
@@ -167,11 +180,11 @@ def plan_for(
     if seeds is not None:
         size = replace(size, seeds=seeds)
     variant_of = None if name in (None, table) else table
-    return Plan(name or table, chosen.asks, size, chosen.rows(), chosen.fractions, variant_of)
+    return Plan(name or table, chosen.asks, size, chosen.rows(), chosen.fractions, variant_of, chosen.against)
 
 
 def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[TableRow, ...]:
-    """The rows of these connectors (or rows of that name); all by default."""
+    """The rows of that name or, where none is called so, of that connector; all by default."""
     if names is None:
         return plan.rows
     from acformer.connectors import CONNECTORS
@@ -181,7 +194,8 @@ def chosen_rows(plan: Plan, names: Sequence[str] | None) -> tuple[TableRow, ...]
     for name in names:
         if name not in valid:
             raise unknown_name(f"connector of {plan.name}", name, valid)
-    return tuple(row for row in plan.rows if {row.name, row.connector} & set(names))
+    by_name = {row.name for row in plan.rows} & set(names)
+    return tuple(row for row in plan.rows if row.name in by_name or row.connector in set(names) - by_name)
 
 
 def every_connector() -> tuple[TableRow, ...]:
@@ -209,15 +223,36 @@ def few_connectors() -> tuple[TableRow, ...]:
     return tuple(TableRow(name, name) for name in ("acformer", "mlp", "perceiver", "pooling"))
 
 
+SUCCESSOR = "acformer_v2"
+PARTS = ("places", "talk", "stem", "mass", "pooled")
+"""Options of `acformer_v2`, each a part that can be left out."""
+
+
+def parts_of_the_successor() -> tuple[TableRow, ...]:
+    """What each part of `acformer_v2` is worth alone, what all of them, what each takes with it; and its rivals."""
+    rivals = ("acformer", "c_abstractor", "d_abstractor", "ldp_v2", "mlp", "perceiver", "pooling", "token_packer")
+    none = dict.fromkeys(PARTS, False)
+    alone = [TableRow(f"acformer+{part}", SUCCESSOR, {**none, part: True}, "acformer") for part in PARTS]
+    every = TableRow("acformer+all", SUCCESSOR, dict.fromkeys(PARTS, True), "acformer")
+    return (*(TableRow(name, name) for name in rivals), TableRow(SUCCESSOR, SUCCESSOR, {}, "acformer"), *alone, every)
+
+
 TABLES = {
     "table3": Table("Which connector answers best at the same number of visual tokens?", every_connector),
     "table4": Table(
-        "Direct in or aggregated; and is it the anchors, or any query that comes from the image?", every_selector
+        "Direct in or aggregated; and is it the anchors, or any query that comes from the image?",
+        every_selector,
+        against=("acformer-anchors",),
     ),
     "figure1": Table(
         "Accuracy against the time of a training step, and against the number of training samples",
         few_connectors,
         (0.125, 0.25, 0.5),
+    ),
+    "successor": Table(
+        "Does it matter which tokens, and that they know their place and talk to each other?",
+        parts_of_the_successor,
+        against=("acformer", "c_abstractor"),
     ),
 }
 # DINOv2-S/14 has 12 blocks: a half, two thirds, and the last two below the feature layer, as of CLIP-L's 24.
@@ -245,6 +280,19 @@ SCALES = {
             "does not mix tokens, which favours connectors that do; `mlp` over all tokens is no ceiling. Stacks, "
             "abstractors and the Q-Former have one or two layers in place of six or more, `token_packer` the feature "
             "layer alone. A printed number counts as wrong: the probe names words only.",
+        ),
+        Scale(
+            "cpu-hard",
+            recipe="scenes-cpu-hard",
+            budgets=(17, 37),  # 6 and 14 % of 257; 16 is 4 x 4 of the 16 x 16 patches, 36 an uneven 6 x 6
+            data=("openmoji-scenes-hard:test", "openmoji-scenes-hard:novel"),
+            search=Search("openmoji-scenes-hard:validation", factors=(0.1, 0.3, 1.0, 3.0), fraction=0.1),
+            seeds=5,
+            scaling_budget=37,
+            sizes=ON_TWO_CORES,
+            fetch=("dinov2-s14", "openmoji", "photographs"),
+            note="As the scale `cpu`, on harder scenes (`docs/scenes.md`), at 224 pixels, and with a probe that starts "
+            "from the same weights in every row of a seed, so that rows can be compared seed by seed.",
         ),
         Scale(
             "cpu-lm",

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from acformer.lab.figures.sheet import save
+from acformer.lab.reproduce.measured import AVERAGE, Measured, mean_interval, shown_scores
 from acformer.lab.reproduce.plans import Plan
-from acformer.lab.reproduce.tables import AVERAGE, Measured, mean_interval, shown_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

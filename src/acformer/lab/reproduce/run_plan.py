@@ -12,7 +12,8 @@ from acformer.fetch.embedded import fetch
 from acformer.files import write_text
 from acformer.hf.build import new_text_config
 from acformer.lab.reproduce.execute import Task
-from acformer.lab.reproduce.plans import PROBE, Plan, chosen_rows
+from acformer.lab.reproduce.measured import Measured, student_t
+from acformer.lab.reproduce.plans import PROBES, Plan, TableRow, chosen_rows
 from acformer.lab.reproduce.plot_scores import plot_scores
 from acformer.lab.reproduce.records import take_over
 from acformer.lab.reproduce.runs import (
@@ -27,7 +28,7 @@ from acformer.lab.reproduce.runs import (
     refuse_idle_overrides,
 )
 from acformer.lab.reproduce.schedule import default_jobs, run_tasks
-from acformer.lab.reproduce.tables import Measured, all_errors, student_t, table_text
+from acformer.lab.reproduce.tables import all_errors, table_text
 from acformer.training.arguments import check_arguments
 from acformer.training.recipe import Recipe
 
@@ -40,6 +41,7 @@ def reproduce(
     work: Path = Path("runs/reproduce"),
     *,
     connectors: Sequence[str] | None = None,
+    budgets: Sequence[int] | None = None,
     jobs: int | None = None,
     keep_models: bool = False,
     progress: bool = True,
@@ -54,6 +56,7 @@ def reproduce(
         plan: from `plan_for`, or your own.
         out: where the tables lie. work: where models lie while they are made, kept there with `keep_models`.
         connectors: train the rows of these alone; the table shows what there is of all.
+        budgets: train at these numbers of visual tokens alone.
         jobs: runs side by side; default one a core, one on an accelerator.
         progress: show a bar with the time left.
 
@@ -62,18 +65,18 @@ def reproduce(
         where the scale needs one, no scipy. DataError: a record that cannot be read.
         AcFormerError: some runs failed (after all others were made and the table was written).
     """
-    chosen = chosen_rows(plan, connectors)
+    chosen = _chosen(plan, connectors, budgets)
     student_t(1)  # tells of a missing scipy now, not when everything is trained
     if plan.scale.needs_accelerator and not torch.accelerator.is_available():
         raise UsageError(f"scale {plan.scale.name!r} is for a GPU, and there is none here; --scale cpu runs anywhere")
     recipe = plan.scale.load_recipe()  # refuses a missing one before anything is fetched
-    if recipe.model.text != PROBE:
+    if recipe.model.text not in PROBES:
         _refuse_unfit_language_model(recipe)
     if plan.scale.fetch:
         fetch(plan.scale.fetch, progress=progress)
     cells = cells_of(plan)
     refuse_idle_overrides(plan, cells)
-    ours = [cell for cell in cells if cell.row in chosen]
+    ours = [cell for cell in cells if (cell.row, cell.budget) in chosen]
     results = out / plan.folder
     runs = _missing((run for cell in ours for run in cell.runs), results)
     trials = _missing((trial for run in runs for trial in run.trials), results)
@@ -92,6 +95,14 @@ def reproduce(
             text = _write(plan, cells, results)
     _tell_failures([Measured.of(cell, results) for cell in ours], results)
     return text
+
+
+def _chosen(plan: Plan, connectors: Sequence[str] | None, budgets: Sequence[int] | None) -> list[tuple[TableRow, int]]:
+    """The rows, at the budgets, that are to be trained."""
+    if unknown := set(budgets or ()) - {*plan.scale.budgets, plan.scale.scaling_budget}:
+        raise UsageError(f"scale {plan.scale.name!r} is at T = {[*plan.scale.budgets]}, not {min(unknown)}")
+    every = budgets or (*plan.scale.budgets, plan.scale.scaling_budget)
+    return [(row, budget) for row in chosen_rows(plan, connectors) for budget in every]
 
 
 def _refuse_unfit_language_model(recipe: Recipe) -> None:

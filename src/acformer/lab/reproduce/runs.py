@@ -30,7 +30,8 @@ class Run:
     """One training and what is measured of it.
 
     recipe: but for what is found when it runs: the learning rate, the number of samples that is a `fraction` of all.
-    start: fingerprint of the probe's recipe, where the connector is trained with a probe first.
+    start: fingerprint of the probe's recipe, where the connector is trained with a probe first. searched: the run of
+    another row whose trials choose this one's learning rate too.
     """
 
     row: str
@@ -40,6 +41,7 @@ class Run:
     recipe: Recipe
     scale: Scale
     start: str = ""
+    searched: "Run | None" = None
 
     folder = "runs"
     cost = 1.0
@@ -59,7 +61,8 @@ class Run:
         """Two runs of one fingerprint give the same scores, but for the noise of the machine."""
         evaluation = {"data": self.scale.data, "limit": self.scale.limit, "search": asdict(self.scale.search)}
         training = {"recipe": as_recorded(self.recipe), "fraction": self.fraction, "start": self.start}
-        return fingerprint({**training, **evaluation, **what_decides(self.recipe)})
+        borrowed = {"rate_of": [trial.fingerprint for trial in self.trials]} if self.searched else {}
+        return fingerprint({**training, **evaluation, **what_decides(self.recipe), **borrowed})
 
     def with_seed(self, seed: int) -> "Run":
         """The same with another seed."""
@@ -69,7 +72,7 @@ class Run:
     def trials(self) -> tuple["Trial", ...]:
         """The trials of its learning rate; none where there is no choice."""
         factors = self.scale.search.factors
-        return tuple(Trial(self, factor) for factor in factors) if len(factors) > 1 else ()
+        return tuple(Trial(self.searched or self, factor) for factor in factors) if len(factors) > 1 else ()
 
 
 @dataclass(frozen=True)
@@ -220,14 +223,22 @@ def cells_of(plan: Plan) -> list[Cell]:
 
 def _cell(plan: Plan, base: Recipe, geometry: Geometry, row: TableRow, budget: int, fraction: float) -> Cell:
     try:
-        options = row_options(row, base.model, plan.scale.sizes, geometry, budget)
-        with torch.device("meta"):
-            num_tokens = build_connector(row.connector, geometry, **options).num_tokens
+        run = _first_run(plan, base, geometry, row, budget, fraction)
+        if row.rate_of:
+            searched = _first_run(plan, base, geometry, TableRow(row.rate_of, row.rate_of), budget, 1.0)
+            run = replace(run, searched=searched)
     except AcFormerError as error:
         return Cell(row, budget, fraction, error=str(error))
-    model = replace(base.model, connector=row.connector, connector_kwargs=options)
-    run = Run(row.name, num_tokens, 0, fraction, replace(base, model=model), plan.scale, start_fingerprint(plan.scale))
     return Cell(row, budget, fraction, tuple(run.with_seed(seed) for seed in range(plan.scale.seeds)))
+
+
+def _first_run(plan: Plan, base: Recipe, geometry: Geometry, row: TableRow, budget: int, fraction: float) -> Run:
+    """Of the first seed."""
+    options = row_options(row, base.model, plan.scale.sizes, geometry, budget)
+    with torch.device("meta"):
+        num_tokens = build_connector(row.connector, geometry, **options).num_tokens
+    model = replace(base.model, connector=row.connector, connector_kwargs=options)
+    return Run(row.name, num_tokens, 0, fraction, replace(base, model=model), plan.scale, start_fingerprint(plan.scale))
 
 
 def refuse_idle_overrides(plan: Plan, cells: list[Cell]) -> None:

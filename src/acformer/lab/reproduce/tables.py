@@ -1,104 +1,16 @@
-"""Records -> one Markdown table: mean and 95 % interval over seeds, the blind score beside them, failures in words."""
+"""Records -> one Markdown page: mean and 95 % interval over seeds, the blind score beside them, failures in words.
+
+Below each table the same by kind of question, and every row less another one, seed by seed (`pairs.py`).
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import fmean, median, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
-from acformer.errors import UsageError
 from acformer.lab.markdown import markdown_table
-from acformer.lab.reproduce.plans import Plan, Scale
-from acformer.lab.reproduce.records import read_record
-from acformer.lab.reproduce.runs import Cell, Job, Timing, job_path, job_record, records_of
-
-AVERAGE = "average"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is known of a cell: the records of its seeds, that of its row's timing, and what went wrong."""
-
-    name: str
-    budget: int
-    fraction: float
-    records: list[dict[str, Any]] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    timing: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, cell: Cell, results: Path) -> "Measured":
-        """Read the records of a cell in the folder of its table."""
-        timings = [Timing(run) for run in cell.runs[:1]]
-        jobs: list[Job] = [*cell.runs, *timings]
-        failed = [(job, read_record(job_path(results, job)).get("error")) for job in jobs]
-        errors = [f"{job.folder}/{job.name}: {error}" for job, error in failed if error]
-        if cell.error:
-            errors.append(f"{cell.row.name} at T = {cell.budget}: {cell.error}")
-        timing = job_record(results, timings[0]) if timings else None
-        return cls(cell.row.name, cell.budget, cell.fraction, records_of(cell, results), errors, timing)
-
-    def values(self, data: str, family: str = AVERAGE) -> list[float]:
-        """The score of a family of questions in every seed; by default the average of all families."""
-        return [shown_scores(record["scores"][data])[family].value for record in self.records]
-
-    def median(self, key: str) -> float:
-        """Of a number that the records hold."""
-        return median(record[key] for record in self.records)
-
-    def step(self) -> float:
-        """Seconds of a training step; nan if it was not timed."""
-        return self.timing["step_seconds"] if self.timing else math.nan
-
-    def learned(self, data: str) -> bool:
-        """Whether the average is above the blind one by more than its interval (of one seed: that over images)."""
-        scores = [shown_scores(record["scores"][data])[AVERAGE] for record in self.records]
-        mean, half = mean_interval([score.value for score in scores])
-        low = scores[0].low if math.isnan(half) else mean - half
-        return low > max(score.blind for score in scores)
-
-
-class Score(NamedTuple):
-    """A score, the lower end of its interval over images, and what is scored without a look; nan if not known."""
-
-    value: float
-    low: float = math.nan
-    blind: float = math.nan
-
-
-def shown_scores(scores: dict[str, Any]) -> dict[str, Score]:
-    """The columns of a table: `average`, then every family with its own measure.
-
-    Of a data set without families (see `acformer.evaluate.families`) the accuracy over all questions, and of each kind.
-    """
-    if "families" not in scores:
-        kinds = {kind: Score(value) for kind, value in scores["accuracy_by_kind"].items()}
-        return {AVERAGE: Score(scores["accuracy"], scores["interval"][0], scores["blind_accuracy"]), **kinds}
-    columns = {AVERAGE: scores["average"], **scores["families"]}
-    return {name: Score(column["score"], column["interval"][0], column["blind"]) for name, column in columns.items()}
-
-
-def student_t(freedom: int, confidence: float = 0.95) -> float:
-    """t with P(|T| < t) = `confidence`. `UsageError` without scipy."""
-    try:
-        from scipy.stats import t
-    except ImportError as error:
-        raise UsageError(f"intervals over seeds need scipy ({error}): pip install 'acformer[lab]'") from error
-    return float(t.ppf((1 + confidence) / 2, freedom))
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval, t_(n-1) s / sqrt(n); nan for the latter of a single value."""
-    n = len(values)
-    half = student_t(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return fmean(values), half
-
-
-def percent(values: Sequence[float]) -> str:
-    """`85.2 ± 1.3`; without the interval where it is not known."""
-    mean, half = (100 * value for value in mean_interval(values))
-    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+from acformer.lab.reproduce.measured import AVERAGE, Measured, Score, mean_interval, percent, shown_scores
+from acformer.lab.reproduce.pairs import pairs_table
+from acformer.lab.reproduce.plans import Plan
 
 
 def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
@@ -108,7 +20,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
         f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
-        f"{_rates(scale)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
+        f"{_rates(plan)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
         "*average* is the mean of the families, *blind* what is scored without a look at the image, in each family "
         "the better of the most frequent answers and, of questions about scenes, of a probe that sees nothing. *step* "
         "is the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
@@ -120,7 +32,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         parts += [f"## {data}", _verdict(cells, data)]
         for budget in scale.budgets:
             chosen = [cell for cell in cells if cell.budget == budget and cell.fraction == 1]
-            parts += [f"### T = {budget}", _table(chosen, data)]
+            parts += [f"### T = {budget}", _table(chosen, data), _kinds_table(chosen, data), _pairs(plan, chosen, data)]
         for fraction in plan.fractions:
             chosen = [cell for cell in cells if cell.fraction == fraction]
             parts += [f"### {fraction:g} of the samples, T = {scale.scaling_budget}", _table(chosen, data)]
@@ -129,9 +41,13 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
 
 
-def _rates(scale: Scale) -> str:
+def _rates(plan: Plan) -> str:
     """How the connector's learning rate was found."""
+    scale, borrowers = plan.scale, [f"`{row.name}`" for row in plan.rows if row.rate_of]
     found = f"is the best of {len(scale.search.factors)} tried by every row for {scale.search.fraction:g} of the steps"
+    if borrowers:
+        lenders = ", ".join(sorted({f"`{row.rate_of}`" for row in plan.rows if row.rate_of}))
+        found += f" ({', '.join(borrowers)} made no search and take that of {lenders})"
     if scale.probe is None:
         return f"the connector's learning rate {found}."
     return (
@@ -155,6 +71,29 @@ def _table(cells: Sequence[Measured], data: str) -> str:
     table = markdown_table(head, lines)
     unknown = ", ".join(f"`{cell.name}`" for cell in missing if not cell.errors)
     return f"{table}\n\nNot measured: {unknown}." if unknown else table
+
+
+def _kinds_table(cells: Sequence[Measured], data: str) -> str:
+    """Accuracy by kind of question, rows as they come; empty where records have no kinds beside families."""
+    known = [cell for cell in cells if cell.records and cell.kinds(data)]
+    if not known:
+        return ""
+    kinds = known[0].kinds(data)
+    ranked = sorted(known, key=lambda cell: -mean_interval(cell.values(data))[0])
+    lines = [[f"`{cell.name}`", *(percent(cell.accuracies(data, kind)) for kind in kinds)] for cell in ranked]
+    return "Accuracy by kind of question:\n\n" + markdown_table(["connector", *kinds], lines)
+
+
+def _pairs(plan: Plan, cells: Sequence[Measured], data: str) -> str:
+    """Every row less those that the plan compares with."""
+    tables = [table for against in plan.against if (table := pairs_table(cells, against, data))]
+    if not tables:
+        return ""
+    said = (
+        "Paired by seed (the same samples in the same order), in points: mean difference, 95 % interval, p of the "
+        "paired t-test (of one comparison), each seed, then by kind of question:"
+    )
+    return "\n\n".join([said, *tables])
 
 
 def _line(cell: Measured, data: str, columns: Sequence[str]) -> list[str]:

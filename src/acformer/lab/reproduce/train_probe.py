@@ -1,7 +1,7 @@
 """A probe in place of a language model: trained with the connector by a recipe, then asked the same questions.
 
-A recipe whose `model.text` is `scene-reader` is trained here: the connector and `SceneProbe` side by side, in one
-stage (`finetune`), on scenes as they are (no conversation). Of `training` it takes max_steps and
+A recipe whose `model.text` is one of `plans.PROBES` is trained here: the connector and `SceneProbe` side by side, in
+one stage (`finetune`), on scenes as they are (no conversation). Of `training` it takes max_steps and
 per_device_train_batch_size, which must be there, warmup_steps and bf16; the probe's learning rate is that of
 `language_model`.
 """
@@ -26,7 +26,7 @@ from acformer.evaluate.families import Reply
 from acformer.evaluate.report import as_reply, score_replies, write_predictions
 from acformer.fetch.embedded import cache_dir
 from acformer.hf.build import parse_device, parse_dtype, square_image_processor
-from acformer.lab.reproduce.plans import PROBE
+from acformer.lab.reproduce.plans import MIXING_PROBE, PROBE
 from acformer.lab.reproduce.runs import geometry_of
 from acformer.lab.scenes.answers import ProbeAnswers, split
 from acformer.lab.scenes.dataset import draw_missing, image_path, undrawn_samples
@@ -205,7 +205,7 @@ def _questions(difficulty: Difficulty, part: str, number: int) -> list[Question]
 
 
 def _only_stage(recipe: Recipe) -> StageSpec:
-    spec, where = recipe.finetune, f"recipe {recipe.name!r}, model.text {PROBE}:"
+    spec, where = recipe.finetune, f"recipe {recipe.name!r}, model.text {recipe.model.text}:"
     if spec is None or recipe.pretrain is not None:
         raise UsageError(f"{where} a probe is trained in one stage; give finetune and pretrain: null")
     if (name := spec.data.partition(":")[0]) not in DIFFICULTIES:
@@ -238,9 +238,25 @@ def _new_probe(recipe: Recipe, stage: StageSpec, width: int) -> ProbedConnector:
     processor = square_image_processor(encoder.tower, spec.image_size or image_size(encoder.tower.config))
     folder = cache_dir() / "features"
     cache = FeatureCache(folder, encoder, encoder.tower, processor, hidden_layers=hidden_layers, input_grid=grid)
-    probe = SceneProbe(difficulty, connector.num_tokens, width)
+    if spec.text == PROBE:
+        probe = SceneProbe(difficulty, connector.num_tokens, width)
+    else:
+        probe = paired_probe(difficulty, connector.num_tokens, width, recipe.seed, attends=spec.text == MIXING_PROBE)
     bf16 = bool(stage.training.get("bf16", False))
     return ProbedConnector(difficulty, connector.to(device), probe.to(device), cache, device, bf16)
+
+
+def paired_probe(difficulty: Difficulty, num_tokens: int, width: int, seed: int, *, attends: bool) -> SceneProbe:
+    """One that starts from the same weights for every connector, whatever that has drawn and how many tokens it gives.
+
+    But for the vectors of its slots, of which there are as many as tokens.
+    """
+    torch.manual_seed(seed)
+    start = SceneProbe(difficulty, 1, width, attends=attends).state_dict()
+    del start["slots"]
+    probe = SceneProbe(difficulty, num_tokens, width, attends=attends)
+    probe.load_state_dict(start, strict=False)
+    return probe
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Scenes as samples: `openmoji-scenes[-small]:PART`, with every image drawn when it is first wanted.
+"""Scenes as samples: `openmoji-scenes[-small|-hard]:PART`, with every image drawn when it is first wanted.
 
 Parts: `train`, `validation`, `test`, `novel` (questions); over the scenes of `train` `captions` (stage 1), `dialogues`
 (all questions of a scene in one conversation), `talks` (the caption on request, and the questions as a dialogue in a
@@ -36,7 +36,7 @@ KNOWN_SCENES = 2000  # of the train split: enough for the frequencies of answers
 
 @dataclass(frozen=True)
 class SceneDataset(Dataset):
-    """`openmoji-scenes[-small]` as a data set of `acformer.data.datasets`; name: of its difficulty."""
+    """`openmoji-scenes[-small|-hard]` as a data set of `acformer.data.datasets`; name: of its difficulty."""
 
     name: str
 
@@ -57,6 +57,7 @@ class SceneDataset(Dataset):
 
 SCENES = SceneDataset("openmoji-scenes")
 SCENES_SMALL = SceneDataset("openmoji-scenes-small")
+SCENES_HARD = SceneDataset("openmoji-scenes-hard")
 
 
 def scene_samples(name: str, part: str, limit: int | None = None, *, progress: bool = True) -> list[Sample]:

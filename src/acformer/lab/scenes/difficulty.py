@@ -1,4 +1,4 @@
-"""How hard the scenes are: two difficulties of one description, and the vocabulary that they are drawn from."""
+"""How hard the scenes are: three difficulties of one description, and the vocabulary that they are drawn from."""
 
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -36,7 +36,11 @@ class Noun:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """nouns: so many of each theme. objects, sizes (px), word_sizes (px): ranges. scenes: per split."""
+    """nouns: so many of each theme. objects, sizes (px), word_sizes (px): ranges. scenes: per split.
+
+    hidden: share of an object's square that others may cover, all together; 0: objects stand apart.
+    busy: the ground is a photograph or a texture, hardly lightened, never plain.
+    """
 
     name: str
     nouns_per_theme: int
@@ -46,6 +50,8 @@ class Difficulty:
     word_sizes: tuple[int, int]
     printed: tuple[int, int]
     scenes: tuple[int, int, int, int]
+    hidden: float = 0.0
+    busy: bool = False
 
     @cached_property
     def nouns(self) -> tuple[Noun, ...]:
@@ -86,6 +92,18 @@ DIFFICULTIES = {
             word_sizes=(40, 56),
             printed=(0, 1),
             scenes=(8_000, 250, 500, 250),
+        ),
+        Difficulty(
+            "openmoji-scenes-hard",
+            nouns_per_theme=10,
+            num_words=32,
+            objects=(3, 9),
+            sizes=(36, 110),
+            word_sizes=(36, 52),
+            printed=(0, 2),
+            scenes=(8_000, 250, 500, 250),
+            hidden=0.35,
+            busy=True,
         ),
     )
 }

@@ -19,7 +19,7 @@ FONTS = ("DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "DejaVuSa
 def draw_scene(scene: Scene) -> Image.Image:
     """(336, 336) RGB; needs `acformer fetch openmoji photographs`."""
     random = Random(f"{scene.key}/picture")
-    canvas = background(random)
+    canvas = background(random, busy=scene.difficulty.busy)
     for thing in scene.objects:
         glyph = _glyph(nouns_by_name()[thing.text].char)
         side = round(thing.width)
@@ -30,8 +30,15 @@ def draw_scene(scene: Scene) -> Image.Image:
     return canvas
 
 
-def background(random: Random) -> Image.Image:
-    """A field of one colour, a gradient, a texture, or (one in three) a crop of a photograph."""
+def background(random: Random, *, busy: bool = False) -> Image.Image:
+    """A field of one colour, a gradient, a texture, or (one in three) a crop of a photograph.
+
+    `busy`: two in three are crops of photographs, closer to what they were; the others are textures.
+    """
+    if busy:
+        return random.choice(
+            [_noise, _stripes, _busy_photograph, _busy_photograph, _busy_photograph, _busy_photograph]
+        )(random)
     return random.choice([_field, _gradient, _noise, _stripes, _photograph, _photograph])(random)
 
 
@@ -63,13 +70,17 @@ def _stripes(random: Random) -> Image.Image:
     return image.rotate(random.choice((0, 90))).filter(ImageFilter.GaussianBlur(random.uniform(0, 3)))
 
 
-def _photograph(random: Random) -> Image.Image:
+def _busy_photograph(random: Random) -> Image.Image:
+    return _photograph(random, (0.05, 0.35))
+
+
+def _photograph(random: Random, lightened: tuple[float, float] = (0.25, 0.55)) -> Image.Image:
     """A crop of a texture or a photograph, lightened so that what stands on it can be seen."""
     photo = random.choice(_photographs())
     side = random.randint(min(photo.size) // 3, min(photo.size))
     left, top = random.randint(0, photo.width - side), random.randint(0, photo.height - side)
     crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return Image.blend(crop, Image.new("RGB", crop.size, (225, 225, 225)), random.uniform(0.25, 0.55))
+    return Image.blend(crop, Image.new("RGB", crop.size, (225, 225, 225)), random.uniform(*lightened))
 
 
 def _print(canvas: Image.Image, thing: Thing, random: Random) -> None:

@@ -28,16 +28,24 @@ class Thing:
     width: float
     height: float
 
-    def overlaps(self, other: "Thing") -> bool:
-        """Whether the two share more than `MAX_OVERLAP` of the smaller one."""
+    @property
+    def area(self) -> float:
+        """Of its rectangle, in square pixels."""
+        return self.width * self.height
+
+    def shared(self, other: "Thing") -> float:
+        """The area that lies in both rectangles."""
         across = min(self.x + self.width / 2, other.x + other.width / 2) - max(
             self.x - self.width / 2, other.x - other.width / 2
         )
         down = min(self.y + self.height / 2, other.y + other.height / 2) - max(
             self.y - self.height / 2, other.y - other.height / 2
         )
-        smaller = min(self.width * self.height, other.width * other.height)
-        return across > 0 and down > 0 and across * down > MAX_OVERLAP * smaller
+        return across * down if across > 0 and down > 0 else 0.0
+
+    def overlaps(self, other: "Thing") -> bool:
+        """Whether the two share more than `MAX_OVERLAP` of the smaller one."""
+        return self.shared(other) > MAX_OVERLAP * min(self.area, other.area)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def make_scene(difficulty: Difficulty, split: str, number: int) -> Scene:
     for noun in nouns:
         low, high = difficulty.sizes
         size = math.exp(random.uniform(math.log(low), math.log(high)))
-        _place(things, noun, size, size, random)
+        _place(things, noun, size, size, random, difficulty.hidden)
     objects = tuple(sorted(things, key=reading_order))
     for _ in range(random.randint(*difficulty.printed)):
         word = str(random.randint(0, 999)) if random.random() < 0.1 else random.choice(difficulty.words)
@@ -161,14 +169,21 @@ def has_novel_pair(scene: Scene) -> bool:
     return any(held_out(a, b) for a, b in combinations(scene.names, 2))
 
 
-def _place(things: list[Thing], text: str, width: float, height: float, random: Random) -> None:
-    """Add it where it is whole and (almost) free; in a full scene it is left out."""
+def _place(things: list[Thing], text: str, width: float, height: float, random: Random, hidden: float = 0.0) -> None:
+    """Add it where it is whole and (almost) free, or hides as little as it may; in a full scene it is left out."""
     if width > SIDE - 4:
         return
     for _ in range(TRIES):
         x = random.uniform(width / 2 + 2, SIDE - width / 2 - 2)
         y = random.uniform(height / 2 + 2, SIDE - height / 2 - 2)
         new = Thing(text, x, y, width, height)
-        if not any(new.overlaps(thing) for thing in things):
+        if _can_be_seen([*things, new], hidden) if hidden else not any(new.overlaps(thing) for thing in things):
             things.append(new)
             return
+
+
+def _can_be_seen(things: list[Thing], hidden: float) -> bool:
+    """Whether of each no more than that share lies in others' rectangles, all together: whichever is drawn on top."""
+    return all(
+        sum(thing.shared(other) for other in things if other is not thing) <= hidden * thing.area for thing in things
+    )

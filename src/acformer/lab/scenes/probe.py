@@ -3,6 +3,9 @@
 Every class (noun or word) scores every token; the best tokens say whether it is there, and an average of the tokens
 weighted by these scores says where, how large and how often. There is no attention among tokens and no depth: what
 two tokens know together only, or what takes thought, is lost on it. A language model may do better or worse.
+
+With `attends` one layer of self-attention over the T tokens comes first: a language model mixes tokens, and a connector
+should not lead only because it has done so beforehand.
 """
 
 import math
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from acformer.connectors.attention import MultiHeadAttention
 from acformer.lab.scenes.difficulty import Difficulty
 from acformer.lab.scenes.targets import SceneTargets, class_names
 
@@ -21,10 +25,11 @@ PROBE_VERSION = 2  # of architecture, losses and the rules of `answers.py`: othe
 class SceneProbe(nn.Module):
     """(B, T, E) visual tokens -> what is there. V classes, W = `width` of the hidden layers.
 
-    A learned vector a slot stands for the position that a language model would give a token.
+    A learned vector a slot stands for the position that a language model would give a token. attends: the tokens are
+    `Mixing` first.
     """
 
-    def __init__(self, difficulty: Difficulty, num_tokens: int, dim: int, width: int = 128):
+    def __init__(self, difficulty: Difficulty, num_tokens: int, dim: int, width: int = 128, attends: bool = False):
         super().__init__()
         self.num_classes, self.num_nouns = len(class_names(difficulty)), len(difficulty.nouns)
         self.fewest, most = difficulty.objects
@@ -36,11 +41,14 @@ class SceneProbe(nn.Module):
         self.size = nn.Linear(width, 1)
         self.count = nn.Linear(width + 2, most)
         self.total = nn.Sequential(nn.Linear(width + 1, width), nn.GELU(), nn.Linear(width, most - self.fewest + 1))
+        self.mixing = Mixing(dim) if attends else None
 
     def forward(self, tokens: Float[Tensor, "B T E"]) -> dict[str, Tensor]:
         """present (B, V) logits; place (B, V, 2), size (B, V) as in `SceneTargets`; count (B, V, most) and
         total (B, range) logits of classes, the first of which are 1 and the difficulty's fewest objects."""
         tokens = self.norm(tokens)
+        if self.mixing is not None:
+            tokens = self.mixing(tokens, self.slots)
         score = self.score(tokens).float().transpose(1, 2)  # (B, V, T)
         present = score.logsumexp(-1) - math.log(score.shape[-1])  # (B, V)
         value = self.value(tokens + self.slots)  # (B, T, W)
@@ -69,6 +77,20 @@ class SceneProbe(nn.Module):
         count = F.cross_entropy(predictions["count"][nouns], targets.counts[nouns] - 1)
         total = F.cross_entropy(predictions["total"], targets.totals - self.fewest)
         return present + 4 * place + 4 * size + count + total
+
+
+class Mixing(nn.Module):
+    """LN(x + SA(query = key = x + slots, value = x)): every token may read every other one, once."""
+
+    def __init__(self, dim: int, num_heads: int = 4):
+        super().__init__()
+        self.attention = MultiHeadAttention(dim, num_heads)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Float[Tensor, "B T E"], slots: Float[Tensor, "T E"]) -> Float[Tensor, "B T E"]:
+        """(B, T, E) -> (B, T, E)."""
+        placed = tokens + slots
+        return self.norm(tokens + self.attention(placed, placed, tokens))
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -1,0 +1,200 @@
+"""First token and throughput of `acformer serve` at 577, 145 and 65 visual tokens under eight clients, side by side.
+
+    python examples/serving_load.py OUT.json [--engine vllm] [--rounds 4]
+
+A model of random weights (what it says means nothing, what it costs is right): 336-pixel images in 24 x 24 patches, a
+small encoder, `acformer` as connector, whose weights serve every budget, and a language model of 38 M parameters. One
+server; a round asks it at each budget, in turn, so that what else the machine does falls on all of them. Every request
+has an image of its own, so no cache of prompts helps. Needs `acformer[serve]` (or vLLM's environment).
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil
+
+from acformer.data.templates import TEMPLATES
+from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.build import train_tokenizer
+from acformer.provenance import machine
+
+BUDGETS = (577, 145, 65)
+CLIENTS, NEW_TOKENS, PORT = 8, 16, 8765
+CPU_VLLM = "--dtype float32 --enforce-eager --max-model-len 1024 --gpu-memory-utilization 0.1 --max-num-seqs 8"
+
+
+def save_model(folder: str) -> int:
+    """Saves it; gives the language model's parameters."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["what is in the image? a cat, a dog and a house"], 320)
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = AcFormerConfig(
+        vision_config=vision,
+        text_config=text,
+        connector="acformer",
+        connector_kwargs={"num_anchors": 144, "depth": 2, "num_heads": 4, "head_dim": 32},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = AcFormerForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        for number, word in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+            if not word.isascii() or "<" in word:  # letters alone, and no end before its time
+                model.lm_head.weight[number] = 0
+    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=[tokenizer.eos_token_id])
+    model.save_pretrained(folder)
+    AcFormerProcessor(
+        LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        tokenizer,
+        TEMPLATES["vicuna_v1"],
+        num_placeholders=config.num_placeholders,
+        budgets=config.budgets,
+    ).save_pretrained(folder)
+    return sum(one.numel() for one in model.model.language_model.parameters())
+
+
+@contextlib.contextmanager
+def served(folder: str, engine: str) -> Iterator[openai.OpenAI]:
+    """A client of the server while it runs."""
+    command = [sys.executable, "-m", "acformer.cli", "serve", folder, "--name", "model", "--port", str(PORT)]
+    command += ["--engine", "vllm", "--engine-args", CPU_VLLM] if engine == "vllm" else ["--device", "cpu"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0, timeout=600)
+        try:
+            for _ in range(600):
+                with contextlib.suppress(openai.APIConnectionError):
+                    client.models.list()
+                    break
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(log.read().decode()[-3000:])
+                time.sleep(0.5)
+            yield client
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def image_url(seed: int) -> str:
+    """Another image for every number."""
+    file = BytesIO()
+    small = Image.frombytes("RGB", (24, 24), random.Random(seed).randbytes(3 * 24 * 24))
+    small.resize((336, 336)).save(file, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, float]:
+    """Seconds until the first token and until the last."""
+    parts: list[Any] = [{"type": "image_url", "image_url": {"url": image_url(seed)}}, {"type": "text", "text": "what?"}]
+    begin, first = time.perf_counter(), 0.0
+    stream = client.chat.completions.create(
+        model="model",
+        messages=[{"role": "user", "content": parts}],
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        stream=True,
+        extra_body={"mm_processor_kwargs": {"num_image_tokens": budget}},
+    )
+    for chunk in stream:
+        if not first and chunk.choices and chunk.choices[0].delta.content:
+            first = time.perf_counter() - begin
+        if chunk.usage is not None and chunk.usage.completion_tokens != NEW_TOKENS:
+            raise RuntimeError(f"{chunk.usage.completion_tokens} tokens came, not {NEW_TOKENS}")
+    return first, time.perf_counter() - begin
+
+
+def one_round(client: openai.OpenAI, budget: int, number: int) -> dict[str, float]:
+    """Eight clients at once, one request each."""
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        times = list(pool.map(lambda seed: ask(client, budget, seed), range(number * CLIENTS, (number + 1) * CLIENTS)))
+    seconds = time.perf_counter() - begin
+    return {
+        "first_token_s": statistics.median(first for first, _ in times),
+        "requests_per_s": CLIENTS / seconds,
+        "tokens_per_s": CLIENTS * NEW_TOKENS / seconds,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--rounds", type=int, default=4)
+    arguments = parser.parse_args()
+    rounds: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = save_model(folder)
+        with served(folder, arguments.engine) as client:
+            for budget in BUDGETS:
+                ask(client, budget, 10_000 + budget)
+            number = 0
+            for turn in range(arguments.rounds):
+                for budget in BUDGETS[turn % 3 :] + BUDGETS[: turn % 3]:
+                    rounds[budget].append(one_round(client, budget, number))
+                    number += 1
+    names = list(rounds[577][0])
+    medians = {b: {name: statistics.median(one[name] for one in rows) for name in names} for b, rows in rounds.items()}
+    ratios = {
+        b: {
+            name: statistics.median(whole[name] / one[name] for whole, one in zip(rounds[577], rows, strict=True))
+            for name in names
+        }
+        for b, rows in rounds.items()
+    }
+    found = {
+        "command": " ".join(["python", *sys.argv]),
+        **machine(),
+        "threads_of_the_server": os.environ.get("OMP_NUM_THREADS", "all"),
+        "engine": arguments.engine,
+        "language_model_parameters": parameters,
+        "clients": CLIENTS,
+        "new_tokens": NEW_TOKENS,
+        "medians": medians,
+        "577_over_it": ratios,
+        "rounds": rounds,
+    }
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({"medians": medians, "577_over_it": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""`acformer_v2`: anchors that know their place, see their surroundings and talk to each other; not in the paper.
+
+What `acformer` lacks against convolutions over a grid (docs/reproduce.md): an anchor's token does not say where it is,
+a softmax is a mean, which holds neither area nor number, and two anchors on one object do not learn of each other.
+Five parts, each an option; without any of them it is `acformer`, weights and tokens:
+
+    stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
+    pooled   a quarter of the tokens are means of g x g cells of the image, so that the ground is in somebody's hands
+    places   phi(p), a 2-D sine-cosine code, is added to queries, to values and to what comes out, through matrices that
+             start at zero; keys stay as they are, so what is looked for has no place
+    mass     what lies in a token's own cell: its share of the patches, their mean place and spread, a small MLP of them
+    talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
+             logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2
+
+A place p is in [0, 1]^2, and the factor T makes a distance of one cell (1 / sqrt(T)) the same at every T; so no weight
+depends on the grid or on T. [CLS] and merged patches have no place: no code, and no distance to anything.
+
+The choice of the anchors is the encoder's alone, as in the paper: nothing here changes it.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from acformer.anchors.search import check_num_anchors
+from acformer.anchors.selectors import without_autocast
+from acformer.connectors.base import Geometry
+from acformer.connectors.blocks import CrossAttentionLayer, CrossAttentionStack
+from acformer.connectors.merging import take
+from acformer.connectors.queries import SelectedQueries
+from acformer.connectors.regnet import SqueezeExcite
+from acformer.connectors.resampler import Resampler
+from acformer.vision.features import VisionFeatures
+
+NUM_FREQUENCIES = 16  # of an axis, from half a turn to 16 turns over the image
+CODE = 4 * NUM_FREQUENCIES  # sine and cosine, x and y
+CELL_LOCALITY = 0.25  # what a distance of one cell costs a patch in cosine similarity
+MASS_NUMBERS, MASS_WIDTH = 5, 64
+
+
+class Queries(NamedTuple):
+    """T queries an image, their places (x, y) in [0, 1]^2, and which of them have one (the same for every image)."""
+
+    vectors: Float[Tensor, "B T D"]
+    places: Float[Tensor, "B T 2"]
+    has_place: Bool[Tensor, "T"]
+
+
+class AcFormerV2Connector(Resampler):
+    """`acformer` whose anchors know their place, see their surroundings and talk to each other.
+
+    T = `num_anchors` + 1; of them, with `pooled`, at most a quarter are means of cells. Options beside `acformer`'s,
+    each a part (the file says what it computes): `stem`, `pooled`, `places`, `mass`, `talk`. With all of them off it is
+    `acformer`, whose weights it then takes too. One checkpoint serves any T.
+
+    Raises:
+        UsageError: as `acformer`.
+    """
+
+    source = SelectedQueries
+    queries: SelectedQueries
+    stack: CrossAttentionStack
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        num_anchors: int = 144,
+        selector: str = "anchors",
+        stochastic_anchors: bool = False,
+        depth: int = 6,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        ff_mult: float = 4,
+        stem: bool = True,
+        pooled: bool = False,
+        places: bool = True,
+        mass: bool = False,
+        talk: bool = True,
+    ):
+        queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
+        super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)
+        width, inner = geometry.vision_hidden_size, num_heads * head_dim
+        self.pooled = pooled
+        self.stem = Stem(width) if stem else None
+        self.places = PlaceCodes(width, inner, depth) if places else None
+        self.mass = Mass(width) if mass else None
+        self.talk = Talk(width, num_heads, head_dim) if talk else None
+
+    def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
+        """Queries, which read all tokens and then one another -> (B, T, E)."""
+        seen = features if self.stem is None else self.stem(features)
+        queries = self.placed_queries(features, seen, num_tokens)
+        hidden, last = queries.vectors, len(self.stack.layers) - 1
+        if self.places is not None:
+            hidden = hidden + self.places.to_queries(place_codes(queries, hidden.dtype))
+        for number, layer in enumerate(self.stack.layers):
+            assert isinstance(layer, CrossAttentionLayer)
+            added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
+            hidden = hidden + layer.attention(hidden, seen.tokens, added_values=added)
+            if number == last and self.mass is not None:
+                hidden = hidden + self.mass(queries, seen)
+            if number == last and self.talk is not None:
+                hidden = hidden + self.talk(hidden, queries)
+            hidden = hidden + layer.feed_forward(hidden)
+        hidden = self.stack.norm(hidden)
+        if self.places is not None:
+            hidden = hidden + self.places.to_outputs(place_codes(queries, hidden.dtype))
+        return self.projector(hidden)
+
+    def placed_queries(self, features: VisionFeatures, seen: VisionFeatures, num_tokens: int) -> Queries:
+        """[CLS], means of cells, chosen patches, means of merged ones; chosen by `features`, taken from `seen`."""
+        num_cls, (h, w) = self.queries.num_cls, features.grid
+        num_beside = num_tokens - num_cls
+        check_num_anchors(num_beside, h * w)
+        side = pooled_side(num_tokens, num_beside, (h, w)) if self.pooled else 0
+        num_anchors = num_beside - side * side
+        num_merged = min(round(self.queries.contextual * num_tokens), num_anchors - 1)
+        index = self.queries.choose(features, num_anchors - num_merged)  # (B, K)
+        patches, device = seen.patches, seen.tokens.device
+        batch = patches.shape[0]
+        vectors, places = [seen.tokens[:, :num_cls]], [torch.zeros(batch, num_cls, 2, device=device)]
+        if side:
+            cells = F.adaptive_avg_pool2d(patches.mT.unflatten(-1, (h, w)), side)  # (B, D, g, g)
+            vectors.append(cells.flatten(2).mT)
+            places.append(centres((side, side), device).expand(batch, -1, -1))
+        vectors.append(take(patches, index))
+        places.append(centres((h, w), device)[index])  # (B, K, 2)
+        if num_merged:
+            vectors.append(self.queries.merge(seen, index, num_merged))
+            places.append(torch.zeros(batch, num_merged, 2, device=device))
+        order = torch.arange(num_tokens, device=device)
+        has_place = (order >= num_cls) & (order < num_tokens - num_merged)
+        return Queries(torch.cat(vectors, dim=1), torch.cat(places, dim=1), has_place)
+
+
+def pooled_side(num_tokens: int, num_beside: int, grid: tuple[int, int]) -> int:
+    """g of the g x g pooled cells: g^2 <= T / 4, within the grid, and at least one patch is left to choose."""
+    side = min(math.isqrt(num_tokens // 4), *grid)
+    return side if side * side < num_beside else 0
+
+
+def centres(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "N 2"]:
+    """(x, y) in [0, 1]^2 of the middles of h x w cells, in raster order."""
+    h, w = grid
+    y = (torch.arange(h, device=device) + 0.5) / h
+    x = (torch.arange(w, device=device) + 0.5) / w
+    return torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=-1)
+
+
+def place_code(places: Float[Tensor, "*B 2"]) -> Float[Tensor, "*B C"]:
+    """phi: sines and cosines of x and y, each at 16 frequencies in a geometric row; (..., 2) -> (..., 64)."""
+    steps = torch.arange(NUM_FREQUENCIES, device=places.device) / (NUM_FREQUENCIES - 1)
+    angles = places.unsqueeze(-1) * (math.pi * 32**steps)  # (..., 2, 16)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def place_codes(queries: Queries, dtype: torch.dtype) -> Float[Tensor, "B T C"]:
+    """phi of the tokens' places, 0 for those that have none."""
+    return (place_code(queries.places) * queries.has_place.unsqueeze(-1)).to(dtype)
+
+
+def squared_distances(queries: Queries) -> Float[Tensor, "B T T"]:
+    """T |p_i - p_j|^2, 1 for neighbours of an even grid; 0 where one of the two has no place."""
+    difference = queries.places.unsqueeze(2) - queries.places.unsqueeze(1)  # (B, T, T, 2)
+    both = queries.has_place.unsqueeze(0) & queries.has_place.unsqueeze(1)  # (T, T)
+    return difference.square().sum(-1) * both * queries.places.shape[1]
+
+
+class Stem(nn.Module):
+    """R + SE(DW_3x3(LN(R))) over the patches; prefix tokens stay: half a block of the C-Abstractor's."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.squeeze_excite = SqueezeExcite(dim, max(1, round(dim / 4)))
+
+    def forward(self, features: VisionFeatures) -> VisionFeatures:
+        """The same with other tokens."""
+        image = self.norm(features.patches).mT.unflatten(-1, features.grid)  # (B, N, D) -> (B, D, h, w)
+        around = self.squeeze_excite(self.depthwise(image).movedim(1, -1)).flatten(1, 2)  # (B, h, w, D) -> (B, N, D)
+        prefix = features.tokens[:, : features.num_prefix_tokens]
+        return features._replace(tokens=torch.cat([prefix, features.patches + around], dim=1))
+
+
+class PlaceCodes(nn.Module):
+    """W phi(p) for queries, for the values of every layer, and for what comes out; every W starts at zero."""
+
+    def __init__(self, dim: int, inner: int, depth: int):
+        super().__init__()
+        self.to_queries = _zero_linear(CODE, dim)
+        self.to_values = nn.ModuleList(_zero_linear(CODE, inner) for _ in range(depth))
+        self.to_outputs = _zero_linear(CODE, dim)
+
+    def values(self, layer: int, features: VisionFeatures) -> Float[Tensor, "L I"]:
+        """What is added to the values of all tokens in a layer: nothing to those of the prefix."""
+        patches = features.patches
+        codes = place_code(centres(features.grid, patches.device)).to(patches.dtype)  # (N, CODE)
+        return F.pad(self.to_values[layer](codes), (0, 0, features.num_prefix_tokens, 0))
+
+
+class Mass(nn.Module):
+    """MLP of five numbers: log share of the patches in the token's cell, their mean place from its own, their spread.
+
+    A patch belongs to the token that it is most like (cosine) and near to: no gradient goes through that.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.up = nn.Linear(MASS_NUMBERS, MASS_WIDTH)
+        self.down = nn.Linear(MASS_WIDTH, dim)
+
+    def forward(self, queries: Queries, features: VisionFeatures) -> Float[Tensor, "B T D"]:
+        """(B, T, D), 0 for tokens without a place."""
+        numbers = mass_numbers(queries, features).to(self.up.weight.dtype)
+        return self.down(F.gelu(self.up(numbers))) * queries.has_place.unsqueeze(-1)
+
+
+@torch.no_grad()
+def mass_numbers(queries: Queries, features: VisionFeatures) -> Float[Tensor, "B T 5"]:
+    """Of every token's cell, in units in which T equal cells have 0 and about 1: log(T |C| / N), sqrt(T) of the rest.
+
+    The patches n with i = argmax_i [cos(r_n, q_i) - 0.25 T |p_n - p_i|^2] are the cell C of token i.
+    """
+    num_tokens, device = queries.places.shape[1], queries.places.device
+    where = centres(features.grid, device)  # (N, 2)
+    with without_autocast(device):
+        unit = F.normalize(features.patches.float(), dim=-1)
+        likeness = unit @ F.normalize(queries.vectors.float(), dim=-1).mT  # (B, N, T)
+        apart = (where.unsqueeze(1) - queries.places.unsqueeze(1)).square().sum(-1)  # (1, N, 1, 2), (B, 1, T, 2)
+        score = (likeness - CELL_LOCALITY * num_tokens * apart).masked_fill(~queries.has_place, -torch.inf)
+        members = F.one_hot(score.argmax(-1), num_tokens).mT.float()  # (B, N) -> (B, T, N)
+        count = members.sum(-1, keepdim=True)  # (B, T, 1)
+        moments = members @ torch.cat([where, where.square()], dim=-1) / count.clamp_min(1)  # (B, T, 4)
+    mean, square = moments.chunk(2, dim=-1)
+    spread = (square - mean.square()).clamp_min(0).sqrt()
+    away = torch.where(count > 0, mean - queries.places, 0)
+    share = torch.log((count + 0.5) * num_tokens / where.shape[0])
+    return torch.cat([share, math.sqrt(num_tokens) * away, math.sqrt(num_tokens) * spread], dim=-1)
+
+
+class Talk(nn.Module):
+    """Self-attention among the tokens, the further the less: half of the heads start local, half everywhere."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int):
+        super().__init__()
+        inner, self.num_heads = num_heads * head_dim, num_heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, dim, bias=False)
+        everywhere, local = -4.0, 0.5  # softplus: 0.02 and 0.97 for a distance of one cell
+        start = torch.full((num_heads,), everywhere)
+        start[num_heads // 2 :] = local
+        self.locality = nn.Parameter(start)
+
+    def forward(self, hidden: Float[Tensor, "B T D"], queries: Queries) -> Float[Tensor, "B T D"]:
+        """(B, T, D) -> (B, T, D)."""
+        qkv = self.qkv_proj(self.norm(hidden)).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
+        locality = F.softplus(self.locality.float()).view(-1, 1, 1)  # (H, 1, 1)
+        penalty = (-locality * squared_distances(queries).unsqueeze(1)).to(query.dtype)  # (B, H, T, T)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=penalty)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
+
+
+def _zero_linear(dim: int, out: int) -> nn.Linear:
+    linear = nn.Linear(dim, out, bias=False)
+    nn.init.zeros_(linear.weight)
+    return linear

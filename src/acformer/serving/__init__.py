@@ -1,0 +1,1 @@
+"""A model as a service: through vLLM, or through transformers' own server with our limits before it."""
