@@ -145,6 +145,10 @@ def test_what_is_no_archive_or_cannot_be_read_is_told(tmp_path):
         Archive(path).find("a.png")
     with pytest.raises(DataError, match=r"a\.zip is a zip: it can be the image_root"):
         load_samples(path)
+    for name, message in (("a.tar.gz", "is packed, .*gunzip it"), ("a.mp4", "is video or sound")):
+        (tmp_path / name).write_bytes(b"film")
+        with pytest.raises(DataError, match=message):
+            load_samples(tmp_path / name)
 
 
 # WebDataset

@@ -157,3 +157,9 @@ def test_groups_stay_within_their_source(files, data):  # noqa: F811
     dataset = ConversationDataset(samples, None, group=2)
     assert dataset.mixture() == ([8, 4], [1.0, 0.5])
     assert [len(group) for group in dataset.groups] == [1] * 8 + [2] * 4
+
+
+def test_a_file_that_is_read_where_it_lies_needs_no_stream(files):
+    stream = [{"path": f"{files}/a.json", "streaming": True}]
+    with pytest.raises(UsageError, match=r"a\.json is read where it lies, a record at a time: leave streaming out"):
+        open_samples(stream, num_rows=3)

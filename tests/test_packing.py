@@ -16,6 +16,7 @@ from acformer.data.packing import Packing
 from acformer.data.samples import Sample
 from acformer.errors import UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
+from acformer.training.dry_run import dry_run
 from acformer.training.packed import check_packing, stage_packing
 from acformer.training.recipe import StageSpec
 from acformer.training.stages import train
@@ -189,3 +190,11 @@ def test_a_stage_trains_as_it_would_unpacked(recipe, data, tmp_path, strategy): 
 def test_what_does_not_go_with_packing_is_told_before_anything_trains(recipe):  # noqa: F811
     with pytest.raises(UsageError, match=r"finetune\.packing and finetune\.elastic do not go together"):
         recipe("finetune.packing=true", "finetune.elastic=[2, 4]")
+
+
+def test_a_dry_run_shows_packed_rows(recipe, tmp_path):  # noqa: F811
+    shown = dry_run(recipe("stage=finetune", "pretrain=null", "finetune.packing=true"))
+    assert "position_ids (" in shown
+    assert "attention_mask" not in shown
+    assert "row 1, " in shown
+    assert "tokens are learned: those in [[ ]]" in shown

@@ -91,7 +91,7 @@ def _index(path: Path, is_zip: bool) -> tuple[Arrays, dict[str, Any]]:
         if is_zip or not members:
             raise DataError(f"{path} is not a zip or tar that can be read: {error}") from error
     order = np.argsort(np.array(hashes, np.uint64), kind="stable")
-    arrays = {
+    arrays: Arrays = {
         "members": np.array(members, np.int64).reshape(-1, 4),
         "names": np.frombuffer(b"".join(names), np.uint8),
         "hashes": np.array(hashes, np.uint64)[order],
@@ -112,7 +112,7 @@ def _tar_members(path: Path) -> Iterator[Member]:
     size = path.stat().st_size
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
-            archive.members = []  # it would keep them all
+            vars(archive)["members"] = []  # it would keep them all
             if not info.isfile():
                 continue
             if info.offset_data + info.size > size:

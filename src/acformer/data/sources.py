@@ -135,6 +135,8 @@ def _form(path: Path) -> str:
         return "tar"
     if path.suffix.lower() in OTHER_SUFFIXES:
         raise DataError(f"{path} is video or sound, of which nothing is read")
+    if path.name.lower().endswith((".tar.gz", ".tgz")):
+        raise DataError(f"{path} is packed, and cannot be read at any place of it: gunzip it")
     if zipfile.is_zipfile(path):
         raise DataError(f"{path} is a zip: it can be the image_root, but records are a file of their own")
     return "json"

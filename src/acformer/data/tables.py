@@ -65,11 +65,12 @@ class Table(Records):
 
     def lengths(self, num_placeholders: int) -> np.ndarray:
         """See `Samples`: of bytes in the columns of text."""
-        found = [np.zeros(0, np.int64)]
+        found: list[np.ndarray] = []
         names = [name for name in self.rows.column_names if name in (*TEXTS, "image", "images")]
         for batch in self.rows.select_columns(names).iter(batch_size=4096):
-            text = sum((_text_bytes(batch[name].combine_chunks()) for name in names if name in TEXTS), 0)
-            images = sum((_count(batch[name].combine_chunks()) for name in names if name not in TEXTS), 0)
+            nothing = np.zeros(len(batch), np.int64)
+            text = sum((_text_bytes(batch[name].combine_chunks()) for name in names if name in TEXTS), nothing)
+            images = sum((_count(batch[name].combine_chunks()) for name in names if name not in TEXTS), nothing)
             found.append(num_placeholders * images + text // 4)
         return np.concatenate([*found, np.zeros(len(self.broken), np.int64)])
 
@@ -107,7 +108,10 @@ def open_table(entry: Entry) -> Table:
 
 def open_stream(entry: Entry) -> Any:
     """An `IterableDataset` of undecoded rows; errors as `open_table`."""
-    path, library = Path(entry.path).expanduser(), hf_datasets(entry.path)
+    path = Path(entry.path).expanduser()
+    if path.is_file() and not _begins_as_parquet(path):
+        raise UsageError(f"{path} is read where it lies, a record at a time: leave streaming out")
+    library = hf_datasets(entry.path)
     with _reading(entry):
         if path.exists() and not parquet_files(path):
             rows = _split_of(library.load_from_disk(str(path)), entry).to_iterable_dataset()
@@ -119,6 +123,11 @@ def open_stream(entry: Entry) -> Any:
     if rows.column_names is not None:
         rows = chosen_columns(rows, entry.path)
     return rows if rows.features is None else rows.decode(False)
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def parquet_files(path: Path) -> list[Path]:

@@ -20,11 +20,12 @@ from acformer.errors import UsageError
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.adapters import unwrapped
 from acformer.images import image_bytes, load_image
+from acformer.images.stored import StoredImage
 from acformer.vision.features import VisionFeatures
 
 Features = Callable[[Path], Mapping[str, Tensor | None]]
 Edit = Callable[[VisionFeatures], VisionFeatures]
-Source = str | Path | bytes | Image.Image
+Source = str | Path | bytes | StoredImage | Image.Image
 Images = Mapping[str, Source]
 
 

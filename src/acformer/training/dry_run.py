@@ -65,7 +65,7 @@ def _stage(recipe: Recipe, stage: str, parts: Parts, encoding: Any) -> str:
     spec.training = {**spec.training, "dataloader_num_workers": 0, "dataloader_persistent_workers": False}
     spec.training.pop("dataloader_prefetch_factor", None)
     (recipe.output / stage).mkdir(parents=True)
-    samples, skip_log = stage_samples(spec, recipe.output / stage)
+    samples, skip_log = stage_samples(spec, recipe.output / stage, seed=recipe.seed)
     changed = replace(recipe, **{stage: spec})
     trainer = stage_trainer(changed, stage, parts, encoding, (samples, skip_log), None, progress=False)
     try:
@@ -111,10 +111,13 @@ def _batch(trainer: AcFormerTrainer, processor: Any, batch: dict[str, Any]) -> I
     if "num_visual_tokens" in batch:
         yield f"    num_visual_tokens {batch['num_visual_tokens']}"
     learned = batch["labels"] != IGNORE
-    yield f"    {int(learned.sum())} of {int(batch['attention_mask'].sum())} tokens are learned: those in [[ ]]"
+    count = sum(_length(batch, row) for row in range(len(learned)))
+    yield f"    {int(learned.sum())} of {count} tokens are learned: those in [[ ]]"
     for row in range(min(ROWS, len(learned))):
-        name = trainer.sample_ids[row] if row < len(trainer.sample_ids) else ""
-        yield f"  row {row + 1}, sample {name}:"
+        name = f"sample {trainer.sample_ids[row]}" if row < len(trainer.sample_ids) else "no sample"
+        if "position_ids" in batch:
+            name = f"{int((batch['position_ids'][row] == 0).sum())} sequences, a last one may be padding"
+        yield f"  row {row + 1}, {name}:"
         yield f"    {_text(processor, batch, row)}"
 
 
@@ -126,9 +129,14 @@ def _tensors(batch: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}.{inner}", tensor) for inner, tensor in _tensors(value))
 
 
+def _length(batch: dict[str, Any], row: int) -> int:
+    """Positions of a row without its padding; packed rows have no mask that would tell it."""
+    return int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else batch["input_ids"].shape[1]
+
+
 def _text(processor: Any, batch: dict[str, Any], row: int) -> str:
     """A row decoded without its padding; image tokens counted, what is learned in brackets."""
-    count = int(batch["attention_mask"][row].sum())
+    count = _length(batch, row)
     ids, labels = batch["input_ids"][row, :count].tolist(), batch["labels"][row, :count].tolist()
     parts: list[tuple[str, list[int]]] = []
     for token, label in zip(ids, labels, strict=True):

@@ -45,6 +45,8 @@ NOT_FEATURES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "trans
 MAP_NORESERVE = 0x4000  # Linux's, which Python 3.11 does not name
 
 Signature = tuple[int, int, int]
+File = Path | StoredImage
+"""An image that is known by its bytes: a file, or a member of an archive."""
 
 
 def encoder_key(
@@ -96,8 +98,8 @@ class FeatureCache:
         self.folder = folder / encoder_key(tower, image_processor, hidden_layers, input_grid)
         self.encode: Callable[[Tensor], VisionFeatures] | None = encode
         self.image_processor = image_processor
-        self.digests: dict[Path, tuple[Signature, str]] = {}
-        self.reasons: dict[Path, str] = {}
+        self.digests: dict[File, tuple[Signature, str]] = {}
+        self.reasons: dict[File, str] = {}
         self.rows: dict[str, int] = {}
         self.checksums: list[int] = []
         self.verified: set[int] = set()
@@ -110,7 +112,7 @@ class FeatureCache:
         """For a loader's worker, which reads: without the encoder, and without the maps, which it opens itself."""
         return {**vars(self), "maps": {}, "encode": None}
 
-    def __call__(self, path: Path) -> dict[str, Tensor]:
+    def __call__(self, path: File) -> dict[str, Tensor]:
         """The features of an image that was added; `ImageError` with the reason where there are none.
 
         They are views of the mapped file, read when they are used: copy before you write.
@@ -128,7 +130,7 @@ class FeatureCache:
             self.verified.add(row)
         return found
 
-    def add(self, paths: Iterable[Path], *, batch_size: int = 32, progress: bool = True) -> None:
+    def add(self, paths: Iterable[File], *, batch_size: int = 32, progress: bool = True) -> None:
         """Encode the images that are not there yet. A damaged one is passed over: asking for it says why.
 
         Raises:
@@ -159,9 +161,9 @@ class FeatureCache:
             reason = (error.strerror or str(error)).lower()
             raise DataError(f"the feature cache {self.folder} cannot be {what}: {reason}") from error
 
-    def _missing(self, paths: Iterable[Path]) -> dict[str, list[Path]]:
+    def _missing(self, paths: Iterable[File]) -> dict[str, list[File]]:
         """The digests that have no row yet, each with all the files of that content."""
-        new: dict[str, list[Path]] = {}
+        new: dict[str, list[File]] = {}
         for path in dict.fromkeys(paths):
             try:
                 digest = self._digest(path)
@@ -176,18 +178,20 @@ class FeatureCache:
                 new.setdefault(digest, []).append(path)
         return new
 
-    def _digest(self, path: Path | StoredImage) -> str:
+    def _digest(self, path: File) -> str:
         """The sha256 of a file, computed again where it seems to have changed."""
-        stored = isinstance(path, StoredImage)
         status = os.stat(path.archive if isinstance(path, StoredImage) else path)
         signature = (status.st_size, status.st_mtime_ns, status.st_ino)
         known, digest = self.digests.get(path, (None, ""))
         if known != signature:
-            digest = hashlib.sha256(image_bytes(path)).hexdigest() if stored else file_sha256(path)
+            if isinstance(path, StoredImage):
+                digest = hashlib.sha256(image_bytes(path)).hexdigest()
+            else:
+                digest = file_sha256(path)
             self.digests[path] = (signature, digest)
         return digest
 
-    def _known_digest(self, path: Path) -> str:
+    def _known_digest(self, path: File) -> str:
         """The digest of a file that was added, '' of others; one that has gone since then keeps its features."""
         if path not in self.digests:
             return ""
@@ -199,7 +203,7 @@ class FeatureCache:
             self.reasons.setdefault(path, f"no features for {path}: it has changed since it was added to the cache")
         return digest
 
-    def _append(self, batch: list[tuple[str, list[Path]]]) -> None:
+    def _append(self, batch: list[tuple[str, list[File]]]) -> None:
         opened = {digest: self._open(paths) for digest, paths in batch}
         images = {digest: image for digest, image in opened.items() if image is not None}
         if not images:
@@ -222,7 +226,7 @@ class FeatureCache:
                 self.checksums.append(checksum)
         self.maps = {}
 
-    def _open(self, paths: list[Path]) -> Image | None:
+    def _open(self, paths: list[File]) -> Image | None:
         """The image in any of these files; why there is none is kept for whoever asks."""
         for path in paths:
             try:

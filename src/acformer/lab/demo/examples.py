@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from acformer.data.datasets import named_dataset
+from acformer.data.entries import data_title
 from acformer.errors import CheckpointError, DataError
 from acformer.fetch.embedded import embedded_path
 from acformer.images import load_image
@@ -24,7 +25,7 @@ def trained_on(model_folder: str | Path) -> str:
     if not recipe.is_file():
         return ""
     stage = load_recipe(str(recipe)).finetune
-    return stage.data.partition(":")[0] if stage else ""
+    return data_title(stage.data).partition(":")[0] if stage else ""
 
 
 def questions(data: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from acformer.connectors import CONNECTORS
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import IGNORE
+from acformer.data.records import Samples
 from acformer.data.samples import Sample
 from acformer.errors import DataError, DivergedError, UsageError
 from acformer.evaluate.generate import to_device
@@ -209,7 +210,7 @@ def _num_weights(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _loader(parts: Parts, recipe: Recipe, spec: StageSpec, samples: list[Sample]) -> Iterator[dict[str, Any]]:
+def _loader(parts: Parts, recipe: Recipe, spec: StageSpec, samples: Samples | list[Sample]) -> Iterator[dict[str, Any]]:
     """Batches as in training, in order."""
     dataset = ConversationDataset(samples, parts[1], max_length=spec.max_length, group=spec.group)
     features = cached_features(parts, samples, progress=False) if recipe.cache_features else None

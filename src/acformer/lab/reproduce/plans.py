@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from acformer.data.entries import data_title
 from acformer.errors import UsageError, unknown_name
 from acformer.training.recipe import Recipe, load_recipe
 
@@ -100,7 +101,7 @@ class Scale:
                 f"scale {self.name!r}: model.text must be {PROBE} in probe={self.probe} and in no other recipe"
             )
         if probe.model.text in PROBES and probe.finetune:
-            self._refuse_other_scenes(probe.finetune.data)
+            self._refuse_other_scenes(data_title(probe.finetune.data))
         return replace(recipe, name=Path(self.recipe).stem, output_dir="", resume=True)
 
     def _refuse_other_scenes(self, trained_on: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from acformer.connectors import Connector, build_connector
 from acformer.data.collate import stack_features
+from acformer.data.entries import data_title
 from acformer.errors import DivergedError, UsageError, unknown_name
 from acformer.evaluate.families import Reply
 from acformer.evaluate.report import as_reply, score_replies, write_predictions
@@ -208,7 +209,7 @@ def _only_stage(recipe: Recipe) -> StageSpec:
     spec, where = recipe.finetune, f"recipe {recipe.name!r}, model.text {recipe.model.text}:"
     if spec is None or recipe.pretrain is not None:
         raise UsageError(f"{where} a probe is trained in one stage; give finetune and pretrain: null")
-    if (name := spec.data.partition(":")[0]) not in DIFFICULTIES:
+    if (name := data_title(spec.data).partition(":")[0]) not in DIFFICULTIES:
         raise unknown_name("scenes in finetune.data", name, DIFFICULTIES)
     if unknown := set(spec.training) - {"max_steps", "per_device_train_batch_size", "warmup_steps", "bf16"}:
         raise UsageError(f"{where} finetune.training.{min(unknown)} does nothing here; leave it out")
@@ -222,7 +223,7 @@ def _only_stage(recipe: Recipe) -> StageSpec:
 
 
 def _new_probe(recipe: Recipe, stage: StageSpec, width: int) -> ProbedConnector:
-    spec, difficulty = recipe.model, DIFFICULTIES[stage.data.partition(":")[0]]
+    spec, difficulty = recipe.model, DIFFICULTIES[data_title(stage.data).partition(":")[0]]
     device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=width)
     connector = build_connector(spec.connector, geometry, **spec.connector_kwargs)
     dtype = parse_dtype(spec.dtype)
