@@ -4,8 +4,9 @@
 
 A model of random weights (what it says means nothing, what it costs is right): 336-pixel images in 24 x 24 patches, a
 small encoder, `acformer` as connector, whose weights serve every budget, and a language model of 38 M parameters. One
-server; a round asks it at each budget, in turn, so that what else the machine does falls on all of them. Every request
-has an image of its own, so no cache of prompts helps. Needs `acformer[serve]` (or vLLM's environment).
+server; a round asks it at each budget, in turn, so that what else the machine does falls on all of them. The server's
+CPU time is taken, too: other processes change it little. Every request has an image of its own, so no cache of prompts
+helps. Needs `acformer[serve]` (or vLLM's environment) and psutil.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil
@@ -90,8 +92,8 @@ def save_model(folder: str) -> int:
 
 
 @contextlib.contextmanager
-def served(folder: str, engine: str) -> Iterator[openai.OpenAI]:
-    """A client of the server while it runs."""
+def served(folder: str, engine: str) -> Iterator[tuple[openai.OpenAI, psutil.Process]]:
+    """A client of the server while it runs, and its process."""
     command = [sys.executable, "-m", "acformer.cli", "serve", folder, "--name", "model", "--port", str(PORT)]
     command += ["--engine", "vllm", "--engine-args", CPU_VLLM] if engine == "vllm" else ["--device", "cpu"]
     with tempfile.TemporaryFile() as log:
@@ -106,7 +108,7 @@ def served(folder: str, engine: str) -> Iterator[openai.OpenAI]:
                     log.seek(0)
                     raise RuntimeError(log.read().decode()[-3000:])
                 time.sleep(0.5)
-            yield client
+            yield client, psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait(60)
@@ -140,9 +142,15 @@ def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, float]:
     return first, time.perf_counter() - begin
 
 
-def one_round(client: openai.OpenAI, budget: int, number: int) -> dict[str, float]:
+def cpu_seconds(server: psutil.Process) -> float:
+    """What it and its children have computed."""
+    times = [one.cpu_times() for one in (server, *server.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
+def one_round(client: openai.OpenAI, server: psutil.Process, budget: int, number: int) -> dict[str, float]:
     """Eight clients at once, one request each."""
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), cpu_seconds(server)
     with ThreadPoolExecutor(CLIENTS) as pool:
         times = list(pool.map(lambda seed: ask(client, budget, seed), range(number * CLIENTS, (number + 1) * CLIENTS)))
     seconds = time.perf_counter() - begin
@@ -150,6 +158,7 @@ def one_round(client: openai.OpenAI, budget: int, number: int) -> dict[str, floa
         "first_token_s": statistics.median(first for first, _ in times),
         "requests_per_s": CLIENTS / seconds,
         "tokens_per_s": CLIENTS * NEW_TOKENS / seconds,
+        "cpu_s_per_request": (cpu_seconds(server) - cpu) / CLIENTS,
     }
 
 
@@ -163,13 +172,13 @@ def main() -> None:
     rounds: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
     with tempfile.TemporaryDirectory() as folder:
         parameters = save_model(folder)
-        with served(folder, arguments.engine) as client:
+        with served(folder, arguments.engine) as (client, server):
             for budget in BUDGETS:
                 ask(client, budget, 10_000 + budget)
             number = 0
             for turn in range(arguments.rounds):
                 for budget in BUDGETS[turn % 3 :] + BUDGETS[: turn % 3]:
-                    rounds[budget].append(one_round(client, budget, number))
+                    rounds[budget].append(one_round(client, server, budget, number))
                     number += 1
     names = list(rounds[577][0])
     medians = {b: {name: statistics.median(one[name] for one in rows) for name in names} for b, rows in rounds.items()}

@@ -52,3 +52,11 @@ def test_what_is_known_is_not_what_is_asked(name):
     dataset = DATASETS[name]
     asked = {sample.id for sample in first(dataset, dataset.test_part, 50)}
     assert not asked & {sample.id for _, sample in zip(range(2000), dataset.known_samples(), strict=False)}
+
+
+def test_a_misspelt_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"unknown data set 'easy-vga'; did you mean 'easy-vqa'\?"):
+        load_samples("easy-vga:test")
+    with pytest.raises(DataError, match=r"cannot read questions.json: No such file"):
+        load_samples("questions.json")

@@ -117,6 +117,20 @@ def test_the_folder_is_a_model_of_ours_as_well(tmp_path):
     assert type(AutoProcessor.from_pretrained(out, trust_remote_code=True)) is type(processor)
 
 
+def test_an_adapter_is_exported_merged(tmp_path, photo):
+    from peft import LoraConfig, get_peft_model
+
+    base = save(tiny.model(), tmp_path / "base")
+    model = get_peft_model(load_model(str(base))[0], LoraConfig(target_modules=r".*language_model\..*q_proj", r=2))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.add_(0.1 if "lora" in name else 0)
+    model.save_pretrained(tmp_path / "adapter")
+    out = export_self_contained(str(tmp_path / "adapter"), tmp_path / "exported")
+    merged, processor = load_model(str(tmp_path / "adapter"))
+    assert torch.equal(without_us(out)["logits"], expected(merged, processor, photo)["logits"])
+
+
 def test_the_modules_need_one_another_and_nothing_of_ours():
     modules = flat_modules()
     assert {*CLASSES} <= {*modules}

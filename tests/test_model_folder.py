@@ -251,12 +251,14 @@ def test_without_the_package_that_is_what_it_says(folder, tmp_path):
     assert result.stdout.splitlines() == [said] * 4, result.stderr
 
 
-def test_without_trust_nothing_of_the_folder_runs_and_nothing_is_half_loaded(folder, tmp_path):
+@pytest.mark.parametrize("trust", [False, None])
+def test_without_trust_nothing_of_the_folder_runs_and_nothing_is_half_loaded(trust, folder, tmp_path):
     for module in folder.glob("*.py"):
         module.write_text("raise SystemExit('code has run')")
-    result = run(ASKED.format(trust=False), tmp_path, "acformer")
-    lines = [line for line in result.stdout.splitlines() if line.startswith("ValueError")]
-    assert len(lines) == 4, result.stdout + result.stderr
+    result = run(ASKED.format(trust=trust), tmp_path, "acformer")
+    assert len(re.findall("ValueError The repository model contains custom code", result.stdout)) == 4, (
+        result.stdout + result.stderr
+    )
     assert "code has run" not in result.stdout + result.stderr
     assert load_model(str(folder)), "ours never asks for it"
 

@@ -26,6 +26,8 @@ openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 SECONDS = float(os.environ.get("ACFORMER_SERVE_SECONDS", "8"))
 KEY = "sk-test"
+CLIENTS: list = []
+"""All that were made, to be closed at the end."""
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,13 @@ def server(folder):
     with serving(folder / "log", str(folder / "clip"), *options, "--device", "cpu", ACFORMER_API_KEY=KEY) as running:
         yield running
         assert "Traceback" not in running.log.read_text()
+    for one in CLIENTS:
+        one.close()
 
 
 def client(server, **options):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120, **options)
+    CLIENTS.append(openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=120, **options))
+    return CLIENTS[-1]
 
 
 def chat(one, number: int, budget: int | None, stream: bool):
@@ -137,7 +142,7 @@ def test_every_route_needs_the_key(server):
                 assert httpx.request(method, server.url + path, headers=headers, timeout=30).status_code == 401
     assert httpx.get(f"{server.url}/health").status_code == 200
     with pytest.raises(openai.AuthenticationError, match="no valid API key"):
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="no", max_retries=0).models.list()
+        client(server).with_options(api_key="no").models.list()
 
 
 def test_text_that_spells_a_special_token_is_text(server):

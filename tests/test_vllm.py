@@ -48,7 +48,9 @@ def client(folder, kind):
 
     options = ("--engine", "vllm", "--engine-args", OPTIONS, "--max-images", "3", "--max-new-tokens", "64")
     with serving(folder / "log", str(folder / kind), *options, seconds=300, **CPU) as server:
-        yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-test", max_retries=0, timeout=120)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-test", max_retries=0, timeout=120)
+        yield client
+        client.close()
 
 
 def ask(client, kind: str, number: int, budget: int | None, stream: bool) -> tuple[str, int]:

@@ -25,4 +25,8 @@ def run(arguments: argparse.Namespace) -> str:
         return dry_run(recipe)
     from acformer.training.stages import train
 
-    return str(train(recipe, progress=not arguments.quiet))
+    folder = train(recipe, progress=not arguments.quiet)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # gloo's threads would now and then abort a process that just ends
+    return str(folder)

@@ -7,6 +7,7 @@ A file of conversations needs no entry here. A package of your own offers a data
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -92,9 +93,17 @@ DATASETS = Registry[Dataset](
 
 
 def named_dataset(name_or_path: str) -> tuple[Dataset, str] | None:
-    """The data set that `NAME[:PART]` names, and the part, "" where it is not given; None for a path."""
+    """The data set that `NAME[:PART]` names, and the part, "" where it is not given; None for a path.
+
+    Raises:
+        UsageError: it is nearly the name of one, and no path.
+    """
     name, _, part = name_or_path.partition(":")
-    return (DATASETS[name], part) if name in DATASETS.names() else None
+    if name in DATASETS.names():
+        return DATASETS[name], part
+    if get_close_matches(name, DATASETS.names()) and not Path(name_or_path).expanduser().exists():
+        raise unknown_name("data set", name, DATASETS.names())
+    return None
 
 
 def open_samples(

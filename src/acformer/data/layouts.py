@@ -6,6 +6,7 @@ role/content), the_cauldron's (`images`, `texts` of user/assistant). Images are 
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from acformer.data.chat_format import IMAGE_TAG
@@ -13,13 +14,14 @@ from acformer.data.conversation import check_images, split_at_images
 from acformer.data.image_root import ImageRoot
 from acformer.data.samples import ImageReference, Sample
 from acformer.errors import DataError
+from acformer.images import data_url_bytes
 
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 OTHER_MEDIA = ("video", "videos", "audio", "audios", "sound", "sounds")
 """Keys of records that are about more than images; a model of ours reads none of it."""
 LAYOUTS = ("conversations", "messages", "texts")
 """Every record has one of these."""
-COLUMNS = (*LAYOUTS, *OTHER_MEDIA, "image", "images", "id", "answer", "kind", "system", "system_prompt")
+COLUMNS = (*LAYOUTS, *OTHER_MEDIA, "image", "images", "id", "answer", "answers", "kind", "system", "system_prompt")
 """All that is read of a table."""
 
 
@@ -34,8 +36,10 @@ def as_sample(record: Any, file: str, number: int, images_in: ImageRoot) -> Samp
     match record:
         case {"messages": [_, *_] as turns}:
             messages, images = _chat_messages(turns, images, images_in)
+        case {"conversations": [{"role": _, "content": _}, *_] as turns}:
+            messages, images = _chat_messages(turns, images, images_in)
         case {"conversations": [_, *_] as turns}:
-            messages = [_llava_message(turn) for turn in turns]
+            messages = [_llava_message(turn) for turn in _from_the_first_question(turns)]
         case {"texts": [_, *_] as turns}:
             messages = _cauldron_messages(turns, len(images))
         case dict():
@@ -48,6 +52,8 @@ def as_sample(record: Any, file: str, number: int, images_in: ImageRoot) -> Samp
     said = ["".join(split_at_images(message)) for message in messages if message["role"] == "assistant"]
     _check_characters(record, messages)
     kind, key, answer = record.get("kind"), record.get("id"), record.get("answer")
+    if answer is None and record.get("answers"):
+        answer = _most_frequent(record["answers"])
     key = f"{_stem(file)}:{number}" if key is None else key
     if answer is None:
         answer = said[-1] if said else None
@@ -56,6 +62,15 @@ def as_sample(record: Any, file: str, number: int, images_in: ImageRoot) -> Samp
     if not isinstance(kind, str | None) or not isinstance(answer, str | None) or not isinstance(key, str | int):
         raise DataError("id, kind and answer must be text")
     return Sample(str(key), tuple(messages), tuple(images), answer, kind, file, number)
+
+
+def _most_frequent(answers: Any) -> str:
+    """Of what several people answered, as VQA has it (text, or objects with `answer`); of equal ones the first."""
+    listed = answers if isinstance(answers, list) else [None]
+    given = [one.get("answer") if isinstance(one, dict) else one for one in listed]
+    if not all(isinstance(one, str | int | float) for one in given):
+        raise DataError("answers must be a list of texts, or of objects with an answer")
+    return Counter(map(str, given)).most_common(1)[0][0]
 
 
 def _stem(file: str) -> str:
@@ -89,7 +104,7 @@ def _chat_messages(
     Image parts may name their images themselves; where there are none, `<image>` tags in a user's text are read as
     LLaVA's are. A table's parts all have the same columns, empty where they say nothing.
     """
-    turns = [_without_empty_columns(turn) for turn in turns]
+    turns = [_with_plain_parts(turn) for turn in turns]
     parts = [part for turn in turns if isinstance(turn, dict) for part in _parts(turn.get("content"))]
     if any(part.get("type") == "image" for part in parts):
         own = [_named_image(part) for part in parts if part.get("type") == "image"]
@@ -102,14 +117,19 @@ def _chat_messages(
     return ([_tagged_message(turn) for turn in turns] if images else turns), images
 
 
-def _without_empty_columns(turn: Any) -> Any:
+def _with_plain_parts(turn: Any) -> Any:
     if not isinstance(turn, dict) or not isinstance(turn.get("content"), list):
         return turn
-    return {**turn, "content": [_told(part) if isinstance(part, dict) else part for part in turn["content"]]}
+    return {**turn, "content": [_plain_part(part) if isinstance(part, dict) else part for part in turn["content"]]}
 
 
-def _told(part: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.items() if value is not None}
+def _plain_part(part: dict[str, Any]) -> dict[str, Any]:
+    """A part without empty columns; OpenAI's `image_url` as an image that is named."""
+    match {key: value for key, value in part.items() if value is not None}:
+        case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
+            return {"type": "image", "url": url}
+        case plain:
+            return plain
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -129,6 +149,14 @@ def _tagged_message(turn: Any) -> Any:
             return _llava_message({"from": "human", "value": text})
         case _:
             return turn
+
+
+def _from_the_first_question(turns: list[Any]) -> list[Any]:
+    """Without turns of the assistant that answer nothing: LLaVA leaves them out, too."""
+    for place, turn in enumerate(turns):
+        if not (isinstance(turn, dict) and SPEAKERS.get(str(turn.get("from"))) == "assistant"):
+            return turns[place:]
+    raise DataError("a conversation in which only the assistant speaks")
 
 
 def _llava_message(turn: Any) -> dict[str, Any]:
@@ -179,6 +207,8 @@ def _image(named: Any, images_in: ImageRoot) -> ImageReference:
     match named:
         case bytes() | {"bytes": bytes()}:
             return named if isinstance(named, bytes) else named["bytes"]
+        case str() if named.startswith("data:"):
+            return data_url_bytes(named)
         case str() | {"path": str()}:
             return images_in.find(named if isinstance(named, str) else named["path"])
         case _:

@@ -20,6 +20,7 @@ from acformer.hf.checkpoints import MANIFEST, load_model, model_folder, write_ma
 
 PACKAGE = Path(acformer.__file__).parent
 LEFT_OUT = ("acformer.fetch", "acformer.vision.load", "acformer.anchors.kernel", "acformer.hf.card")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 SHAPES = "acformer_shapes"
 SHAPES_MODULE = '''"""Stands in for jaxtyping: the shapes in the signatures are for readers."""
 
@@ -43,18 +44,18 @@ def export_self_contained(name: str, out: Path) -> Path:
     """
     if out.exists():
         raise UsageError(f"{out} is there already: name another --out")
-    model, _ = load_model(name)
+    model, processor = load_model(name)
     _refuse_plugins(model.config)
     out.parent.mkdir(parents=True, exist_ok=True)
     source = Path(model_folder(name))
     with whole_folder(out) as part:
-        if source.is_dir():
+        if any((source / weights).is_file() for weights in WEIGHTS):
             for path in source.iterdir():
                 if path.is_file() and path.name != MANIFEST and path.suffix != ".py":
                     shutil.copy(path, part / path.name)
-        else:  # of a hub
+        else:  # of a hub, or of a folder that holds an adapter
             model.save_pretrained(part)
-            load_model(name)[1].save_pretrained(part)
+            processor.save_pretrained(part)
         for module, text in flat_modules().items():
             write_text(part / f"{module}.py", text)
         _amend_card(part / CARD)

@@ -150,6 +150,11 @@ def _read_path(path: str | os.PathLike[str], size: int) -> bytes:
     raise ImageError("a directory or device, not a file")  # a pipe would block, a device never end
 
 
+def data_url_bytes(url: str) -> bytes:
+    """The file in a `data:image/...;base64,` URL; `ImageError` for another one. Its size is checked when it is read."""
+    return _read_data_url(url, DEFAULT_LIMITS.max_bytes + 1)
+
+
 def _is_data_url(text: str) -> bool:
     return text[:5].lower() == "data:"
 
