@@ -39,7 +39,7 @@ test-serve: $(VENV)-serve/.serve
 
 # Models of ours in vLLM on a CPU, answer for answer; some 4 GB of packages, in an environment of their own.
 test-vllm: $(VENV)-vllm/.vllm
-	$(VENV)-vllm/bin/pytest -m vllm tests/test_vllm.py
+	$(VENV)-vllm/bin/pytest -m vllm tests/test_vllm.py tests/test_vllm_export.py
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow --ignore tests/conformance
