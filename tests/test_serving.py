@@ -1,9 +1,11 @@
 """What `acformer serve` lets through: requests field by field, addresses, the gate; needs no server."""
 
 import asyncio
+import importlib
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,7 @@ import serving_models
 import tiny
 from forbidden_urls import FORBIDDEN
 
+from acformer import cli
 from acformer.commands.serve import is_local, served_name
 from acformer.errors import ImageError
 from acformer.hf.budgets import Budgets
@@ -21,7 +24,7 @@ from acformer.serving import remote
 from acformer.serving.gate import CHAT, PLACE, Gate, Service
 from acformer.serving.prepare import VllmBody
 from acformer.serving.request import Limits, RefusedError, parse
-from acformer.serving.vllm_server import settings
+from acformer.serving.vllm_server import command, settings
 
 SIZES = Budgets(5, ((2, 17),))
 LIMITS = Limits()
@@ -462,3 +465,44 @@ def test_a_clients_image_is_the_files(tmp_path):
     (tmp_path / "a.png").write_bytes(serving_models.picture_bytes(1))
     by_file = tiny.processor()(tmp_path / "a.png", "<image> who?", return_tensors="pt")
     assert inputs["pixel_values"].equal(by_file["pixel_values"])
+
+
+# The command
+
+
+def test_without_the_packages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "pip install 'acformer[serve]'" in capsys.readouterr().err
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    tiny.processor(budgets=model.config.budgets).save_pretrained(tmp_path)
+    monkeypatch.setattr("acformer.serving.vllm_server.find_spec", lambda name: None)
+    assert cli.main(["serve", str(tmp_path), "--engine", "vllm"]) == 2
+    assert "needs vLLM, in an environment of its own" in capsys.readouterr().err
+    assert cli.main(["serve", str(tmp_path / "none"), "--engine", "vllm"]) == 4
+    assert cli.main(["serve", str(tmp_path), "--engine", "vllm", "--tokens", "18"]) == 2
+    assert "cannot give 18 visual tokens; it can give 2 to 17" in capsys.readouterr().err
+
+
+def test_others_are_let_in_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for key, told in (("", True), ("secret", False)):
+        monkeypatch.setenv("ACFORMER_API_KEY", key)
+        cli.main(["serve", str(tmp_path), "--host", "0.0.0.0"])
+        assert ("set ACFORMER_API_KEY" in capsys.readouterr().err) is told
+
+
+def test_the_command_line_of_vllm(monkeypatch):
+    monkeypatch.setattr("acformer.serving.vllm_server.find_spec", lambda name: True)
+    words = command("folder", "name", "127.0.0.1", 8000, 9, Limits(max_images=3), "--max-model-len 1024")
+    assert words[1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert words[-2:] == ["--max-model-len", "1024"]
+    for option, value in (
+        ("--limit-mm-per-prompt", '{"image": 3}'),
+        ("--mm-processor-kwargs", '{"num_image_tokens": 9}'),
+        ("--served-model-name", "name"),
+        ("--middleware", "acformer.serving.vllm_server.VllmGate"),
+    ):
+        assert words[words.index(option) + 1] == value
+    assert importlib.import_module("acformer.serving.vllm_server").VllmGate
