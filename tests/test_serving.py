@@ -18,11 +18,13 @@ from forbidden_urls import FORBIDDEN
 from acformer import cli
 from acformer.commands.serve import is_local, served_name
 from acformer.errors import ImageError
+from acformer.evaluate.generate import ask as converse_once
+from acformer.evaluate.generate import decode
 from acformer.hf.budgets import Budgets
 from acformer.images import ImageLimits
 from acformer.serving import remote
 from acformer.serving.gate import CHAT, PLACE, Gate, Service
-from acformer.serving.prepare import VllmBody
+from acformer.serving.prepare import Preparation, VllmBody
 from acformer.serving.request import Limits, RefusedError, parse
 from acformer.serving.vllm_server import command, settings
 
@@ -170,6 +172,30 @@ def test_a_body_for_vllm():
     assert json.loads(settings("folder", "name", "localhost", 9, Limits(allow_hosts=("h",))))["limits"][
         "allow_hosts"
     ] == ["h"]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated_cross_attention"])
+def test_what_is_prepared_is_answered(fusion):
+    """As by `ask`, at the model's own T and at half of it."""
+    model = tiny.model(fusion=fusion)
+    own = model.config.num_placeholders
+    processor = tiny.processor(own, fusion=fusion, budgets=model.config.budgets)
+    prepare = Preparation(model, processor, Limits())
+    for budget in (None, 9):
+        options = {} if budget is None else {"mm_processor_kwargs": {"num_image_tokens": budget}}
+        request = parse(body(IMAGE, max_tokens=4, **options), "m", Limits(), processor.sizes)
+        assert prepare(request) == b"{}"
+        ids = model.generate(**request.inputs, max_new_tokens=4, do_sample=False)
+        (said,) = decode(processor, ids[:, request.inputs["input_ids"].shape[1] :])
+        image = serving_models.picture_bytes(0)
+        assert said == converse_once(model, processor, image, "who?", num_visual_tokens=budget, max_new_tokens=4)
+    long = parse(json.dumps({"messages": [{"role": "user", "content": "who? " * 2000}]}).encode(), "m", LIMITS, SIZES)
+    with pytest.raises(RefusedError, match="does not fit into the model's context of 1024"):
+        prepare(long)
+    odd = parse(body(), "m", LIMITS, SIZES)
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RefusedError, match="the chat template refuses these messages: roles must alternate"):
+        prepare(odd)
 
 
 # Addresses
