@@ -102,7 +102,7 @@ $(VENV)-compat-%/.compat: pyproject.toml constraints.txt
 	@touch $@
 
 EXTRAS_PINS := torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping|$\
-	ftfy|gradio|ipykernel|nbclient|nbformat|playwright
+	ftfy|gradio|bitsandbytes|peft|ipykernel|nbclient|nbformat|playwright
 
 # gradio wants an older Pillow than we test with, and timm a torchvision that nothing here imports.
 $(VENV)-extras/.extras: pyproject.toml constraints.txt
