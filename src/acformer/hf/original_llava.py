@@ -72,7 +72,7 @@ def load_original(
         dtype=dtype,
     )
     model = assemble(ours, truncate(tower, named.layer), language_model)
-    _put(model.model.connector.projector, projector, folder)
+    _put(model.model.connector.get_submodule("projector"), projector, folder)
     model.generation_config.update(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
