@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from acformer.anchors.search import select_anchors
 from acformer.connectors import Geometry, build_connector
@@ -127,6 +128,18 @@ def test_compiles_and_exports_with_all_parts(make_features):
     torch.testing.assert_close(exported(*inputs), connector(features), rtol=0, atol=2e-6)
     twice = make_features(CLIP, batch=6)
     assert exported(twice.tokens, twice.cls_attention).shape == (6, 10, 24)
+
+
+def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
+    """As of `acformer` (test_compile.py); with `pooled`, whose cells Python counts, each has its own."""
+    connector, features = shaken(new(**{**ALL, "pooled": False})), make_features(CLIP, batch=3)
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(connector, fullgraph=True, backend=backend)
+    for num_tokens in (10, 13, 20, 26):
+        torch.testing.assert_close(compiled(features, num_tokens), connector(features, num_tokens), rtol=0, atol=2e-6)
+    assert backend.frame_count <= 2
+    torch.compiler.reset()
 
 
 def multiply_adds(name, **options):

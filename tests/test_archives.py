@@ -24,6 +24,7 @@ from acformer.vision.feature_cache import FeatureCache
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("acformer.data.index_cache.SMALL", 0)
 
 
 def png(seed: int) -> bytes:

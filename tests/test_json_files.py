@@ -26,6 +26,7 @@ VALUES = st.recursive(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_cache, "SMALL", 0)
     return tmp_path / "cache/data"
 
 
@@ -158,3 +159,11 @@ def test_two_files_of_like_ends_are_told_apart_by_their_time(tmp_path, monkeypat
         path.write_text(json.dumps([talk(number)]))
         os.utime(path, ns=(number, number))
     assert [load_samples(path)[0].id for path in paths] == ["0", "1"]
+
+
+def test_of_a_small_file_nothing_is_kept(tmp_path, monkeypatch, cache):
+    monkeypatch.undo()
+    monkeypatch.setenv("ACFORMER_CACHE", str(cache.parent))
+    (tmp_path / "data.json").write_text(json.dumps([talk(0)]))
+    assert len(load_samples(tmp_path / "data.json")) == 1
+    assert not cache.exists()

@@ -241,7 +241,18 @@ def test_weights_that_do_not_learn_are_in_the_dtype_of_the_arithmetic(recipe, tm
 
 def test_the_shipped_recipe_is_taken():
     """All that `acformer train` looks at before it builds."""
-    assert load_recipe("llava15-7b-acformer145-lora").finetune.lora.r == 16
+    shipped = load_recipe("llava15-7b-acformer145-lora")
+    assert (shipped.finetune.lora.r, shipped.pretrain.save) == (16, "connector")
+
+
+def test_a_plan_that_starts_from_an_adapter(recipe):  # noqa: F811
+    from acformer.training.plan import Hardware, plan
+
+    folder = train(recipe(*ONE, *LORA), progress=False)
+    (stage,) = plan(recipe(*ONE, f"from_model={folder}"), Hardware()).stages
+    assert stage.trained["language_model"] == sum(
+        p.numel() for n, p in load_model(str(folder))[0].named_parameters() if "language_model" in n or "lm_head" in n
+    )
 
 
 # Few bits (bitsandbytes, which runs on a CPU).

@@ -1,6 +1,9 @@
 """Several sources with weights: what an epoch holds, in which order, also after a resume."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -163,3 +166,22 @@ def test_a_file_that_is_read_where_it_lies_needs_no_stream(files):
     stream = [{"path": f"{files}/a.json", "streaming": True}]
     with pytest.raises(UsageError, match=r"a\.json is read where it lies, a record at a time: leave streaming out"):
         open_samples(stream, num_rows=3)
+
+
+@pytest.mark.slow
+def test_two_processes_mix_and_pack_as_one(recipe, files, data, tmp_path):  # noqa: F811
+    """Two processes with half of the batch each: the losses of one, packed, of a mixture, by like length."""
+    own = [*ONE, f"finetune.data={mixed(files, data)}", "finetune.packing=true", "finetune.training.max_steps=4"]
+    own += ["finetune.training.train_sampling_strategy=group_by_length"]
+    one = train(recipe(*own, f"output_dir={tmp_path}/one"), progress=False)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*program, "-m", "acformer.cli", "train", str(tmp_path / "two.yaml"), "--quiet", *own]
+    command += [f"output_dir={tmp_path}/pair", "finetune.training.per_device_train_batch_size=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert result.returncode == 0, result.stderr
+    losses = [
+        [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+        for folder in (one.parent, tmp_path / "pair/finetune")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

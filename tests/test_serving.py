@@ -1,9 +1,11 @@
 """What `acformer serve` lets through: requests field by field, addresses, the gate; needs no server."""
 
 import asyncio
+import importlib
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,15 +15,18 @@ import serving_models
 import tiny
 from forbidden_urls import FORBIDDEN
 
+from acformer import cli
 from acformer.commands.serve import is_local, served_name
 from acformer.errors import ImageError
+from acformer.evaluate.generate import ask as converse_once
+from acformer.evaluate.generate import decode
 from acformer.hf.budgets import Budgets
 from acformer.images import ImageLimits
 from acformer.serving import remote
 from acformer.serving.gate import CHAT, PLACE, Gate, Service
-from acformer.serving.prepare import VllmBody
+from acformer.serving.prepare import Preparation, VllmBody
 from acformer.serving.request import Limits, RefusedError, parse
-from acformer.serving.vllm_server import settings
+from acformer.serving.vllm_server import command, settings
 
 SIZES = Budgets(5, ((2, 17),))
 LIMITS = Limits()
@@ -167,6 +172,30 @@ def test_a_body_for_vllm():
     assert json.loads(settings("folder", "name", "localhost", 9, Limits(allow_hosts=("h",))))["limits"][
         "allow_hosts"
     ] == ["h"]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated_cross_attention"])
+def test_what_is_prepared_is_answered(fusion):
+    """As by `ask`, at the model's own T and at half of it."""
+    model = tiny.model(fusion=fusion)
+    own = model.config.num_placeholders
+    processor = tiny.processor(own, fusion=fusion, budgets=model.config.budgets)
+    prepare = Preparation(model, processor, Limits())
+    for budget in (None, 9):
+        options = {} if budget is None else {"mm_processor_kwargs": {"num_image_tokens": budget}}
+        request = parse(body(IMAGE, max_tokens=4, **options), "m", Limits(), processor.sizes)
+        assert prepare(request) == b"{}"
+        ids = model.generate(**request.inputs, max_new_tokens=4, do_sample=False)
+        (said,) = decode(processor, ids[:, request.inputs["input_ids"].shape[1] :])
+        image = serving_models.picture_bytes(0)
+        assert said == converse_once(model, processor, image, "who?", num_visual_tokens=budget, max_new_tokens=4)
+    long = parse(json.dumps({"messages": [{"role": "user", "content": "who? " * 2000}]}).encode(), "m", LIMITS, SIZES)
+    with pytest.raises(RefusedError, match="does not fit into the model's context of 1024"):
+        prepare(long)
+    odd = parse(body(), "m", LIMITS, SIZES)
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RefusedError, match="the chat template refuses these messages: roles must alternate"):
+        prepare(odd)
 
 
 # Addresses
@@ -462,3 +491,44 @@ def test_a_clients_image_is_the_files(tmp_path):
     (tmp_path / "a.png").write_bytes(serving_models.picture_bytes(1))
     by_file = tiny.processor()(tmp_path / "a.png", "<image> who?", return_tensors="pt")
     assert inputs["pixel_values"].equal(by_file["pixel_values"])
+
+
+# The command
+
+
+def test_without_the_packages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve", str(tmp_path)]) == 2
+    assert "pip install 'acformer[serve]'" in capsys.readouterr().err
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    tiny.processor(budgets=model.config.budgets).save_pretrained(tmp_path)
+    monkeypatch.setattr("acformer.serving.vllm_server.find_spec", lambda name: None)
+    assert cli.main(["serve", str(tmp_path), "--engine", "vllm"]) == 2
+    assert "needs vLLM, in an environment of its own" in capsys.readouterr().err
+    assert cli.main(["serve", str(tmp_path / "none"), "--engine", "vllm"]) == 4
+    assert cli.main(["serve", str(tmp_path), "--engine", "vllm", "--tokens", "18"]) == 2
+    assert "cannot give 18 visual tokens; it can give 2 to 17" in capsys.readouterr().err
+
+
+def test_others_are_let_in_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for key, told in (("", True), ("secret", False)):
+        monkeypatch.setenv("ACFORMER_API_KEY", key)
+        cli.main(["serve", str(tmp_path), "--host", "0.0.0.0"])
+        assert ("set ACFORMER_API_KEY" in capsys.readouterr().err) is told
+
+
+def test_the_command_line_of_vllm(monkeypatch):
+    monkeypatch.setattr("acformer.serving.vllm_server.find_spec", lambda name: True)
+    words = command("folder", "name", "127.0.0.1", 8000, 9, Limits(max_images=3), "--max-model-len 1024")
+    assert words[1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert words[-2:] == ["--max-model-len", "1024"]
+    for option, value in (
+        ("--limit-mm-per-prompt", '{"image": 3}'),
+        ("--mm-processor-kwargs", '{"num_image_tokens": 9}'),
+        ("--served-model-name", "name"),
+        ("--middleware", "acformer.serving.vllm_server.VllmGate"),
+    ):
+        assert words[words.index(option) + 1] == value
+    assert importlib.import_module("acformer.serving.vllm_server").VllmGate

@@ -289,7 +289,7 @@ def test_a_run_and_a_second_one_in_its_folder(command, tmp_path):
     assert "Traceback" not in said
     (checkpoint,) = Path(tmp_path / "run/finetune").glob("checkpoint-*")
     assert verify_folder(checkpoint) is None
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["finetune", "recipe.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["finetune", "processes.json", "recipe.yaml"]
 
 
 # Several processes

@@ -234,14 +234,16 @@ def mass_numbers(queries: Queries, features: VisionFeatures) -> Float[Tensor, "B
         likeness = unit @ F.normalize(queries.vectors.float(), dim=-1).mT  # (B, N, T)
         apart = (where.unsqueeze(1) - queries.places.unsqueeze(1)).square().sum(-1)  # (1, N, 1, 2), (B, 1, T, 2)
         score = (likeness - CELL_LOCALITY * num_tokens * apart).masked_fill(~queries.has_place, -torch.inf)
-        members = F.one_hot(score.argmax(-1), num_tokens).mT.float()  # (B, N) -> (B, T, N)
+        # Not F.one_hot, for which every T would be compiled anew.
+        order = torch.arange(num_tokens, device=device).unsqueeze(-1)
+        members = (score.argmax(-1).unsqueeze(1) == order).float()  # (B, 1, N), (T, 1) -> (B, T, N)
         count = members.sum(-1, keepdim=True)  # (B, T, 1)
         moments = members @ torch.cat([where, where.square()], dim=-1) / count.clamp_min(1)  # (B, T, 4)
     mean, square = moments.chunk(2, dim=-1)
     spread = (square - mean.square()).clamp_min(0).sqrt()
     away = torch.where(count > 0, mean - queries.places, 0)
     share = torch.log((count + 0.5) * num_tokens / where.shape[0])
-    return torch.cat([share, math.sqrt(num_tokens) * away, math.sqrt(num_tokens) * spread], dim=-1)
+    return torch.cat([share, num_tokens**0.5 * away, num_tokens**0.5 * spread], dim=-1)
 
 
 class Talk(nn.Module):

@@ -22,6 +22,8 @@ from acformer.files import locked, whole_file, whole_folder
 
 VERSION = 1
 ENDS = 64 * 1024
+SMALL = 2**20
+"""Bytes of a file up to which nothing is kept: it is read again as quickly."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -37,7 +39,9 @@ def file_key(path: Path) -> str:
 
 
 def indexed(path: Path, kind: str, build: Callable[[], tuple[Arrays, dict[str, Any]]]) -> tuple[Arrays, dict[str, Any]]:
-    """The arrays and facts that `build` gives of a file, made once."""
+    """The arrays and facts that `build` gives of a file, made once unless it is small."""
+    if path.stat().st_size < SMALL:
+        return build()
     folder = cache_dir() / "data" / f"{file_key(path)}-{kind}"
     try:
         with _alone(folder):

@@ -18,7 +18,8 @@ def check_bitsandbytes() -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UsageError("quantize needs bitsandbytes, which is not installed: pip install bitsandbytes") from error
+        what = "quantize needs bitsandbytes, which is not installed: pip install 'acformer[quantize]'"
+        raise UsageError(what) from error
 
 
 def quantized(

@@ -10,6 +10,7 @@ from base64 import b64encode
 from io import BytesIO
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL.Image import Image
 from transformers import ProcessorMixin
 
@@ -53,7 +54,7 @@ class Preparation:
                 raise
             except AcFormerError as error:
                 raise RefusedError(400, one_line(error)) from error
-            except Exception as error:  # a template says in many ways that it has no place for these messages
+            except (TemplateError, ValueError) as error:
                 raise RefusedError(400, f"the chat template refuses these messages: {one_line(error, 120)}") from error
         return b"{}"
 

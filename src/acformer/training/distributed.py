@@ -3,7 +3,6 @@
 Nothing is sharded or sent here: accelerate and torch do that.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import TrainingArguments
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from acformer.errors import UsageError
 
 OPTIMIZER = "optimizer.pt"
-
-
-def uses_fsdp(args: TrainingArguments) -> bool:
-    """Whether the recipe or `accelerate launch` asks for FSDP, which places the model itself."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_one_reader(*, cached: bool, elastic: bool, quantize: bool) -> None:

@@ -17,7 +17,7 @@ from acformer.hf.adapters import adapter_base, load_adapter, save_adapter
 from acformer.hf.checkpoints import model_folder, save_model, verify_folder, write_manifest
 from acformer.hf.connector_weights import Parts, save_connector
 from acformer.hf.quantize import quantized
-from acformer.training.distributed import tell_apart, uses_fsdp
+from acformer.training.distributed import tell_apart
 from acformer.training.lora import add_adapters
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.trainer import Saver, freeze, learning_table
@@ -33,8 +33,9 @@ def half_precision(args: TrainingArguments) -> torch.dtype | None:
 
 
 def as_it_learns(model: Any, spec: StageSpec, args: TrainingArguments, checkpoint: Path | None) -> tuple[Any, str]:
-    """The model on its device, with its adapters, in few bits, as the stage says; and a table of what learns.
+    """The model with its adapters, in few bits, as the stage says; and a table of what learns.
 
+    The Trainer moves it to its device, once what is frozen is smaller (`cast_frozen`): a card may not hold it before.
     checkpoint: whose adapters it goes on with.
 
     Raises:
@@ -45,8 +46,6 @@ def as_it_learns(model: Any, spec: StageSpec, args: TrainingArguments, checkpoin
         model = quantized(model, spec.quantize, half_precision(args) or model.dtype, args.device)
         freeze(model, spec.learning_rates)
         model._hf_peft_config_loaded = spec.lora is None  # the Trainer takes it for one that nothing can learn in
-    elif not uses_fsdp(args):  # which moves what it has sharded
-        model.to(args.device)
     if spec.lora is not None:
         with torch.random.fork_rng(devices=[]):  # of the seed alone, whatever was loaded before
             torch.manual_seed(args.seed)

@@ -69,14 +69,16 @@ class Standing:
 
 
 def count_weights(model: AcFormerForConditionalGeneration, precision: Precision, quantize: str | None) -> Weights:
-    """Of a model whose weights know whether they learn; blocks are the layers of the encoder and the language model."""
+    """Of a model whose weights know whether they learn; blocks are the layers of the language model.
+
+    The encoder's are gathered with all else: a process without an image runs none of them (`training.distributed`).
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = _quantized(model) if quantize else []
     few_bits = sum(matrix.numel() for matrix in matrices)
     saved = few_bits * (precision.frozen.itemsize - QUANTIZED[quantize]) if quantize else 0.0
-    parts = model.model.vision_tower, model.model.language_model
-    lists = [module for part in parts for module in part.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in model.model.language_model.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for layers in lists for block in layers]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     largest = max(sizes, default=0)

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from acformer.errors import CheckpointError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
+from acformer.hf.adapters import adapter_base
 from acformer.hf.build import new_text_config
 from acformer.hf.checkpoints import model_folder
 from acformer.training.recipe import Recipe
@@ -33,7 +34,8 @@ def model_config(recipe: Recipe) -> AcFormerConfig:
         CheckpointError: a part's config can be read nowhere. UsageError: the parts make no model.
     """
     if recipe.from_model is not None:
-        return AcFormerConfig.from_pretrained(model_folder(recipe.from_model))
+        folder = model_folder(recipe.from_model)
+        return AcFormerConfig.from_pretrained(adapter_base(Path(folder)) or folder)
     spec = recipe.model
     vision = named_config(spec.vision, "model.vision")
     return AcFormerConfig(

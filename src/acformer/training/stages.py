@@ -270,7 +270,10 @@ def stage_trainer(
     model, table = as_it_learns(model, spec, args, checkpoint)
     logger.info("stage %s: %d samples\n%s", stage, len(samples), table)
     dataset = ConversationDataset(samples, processor, max_length=_max_length(spec, model, stage), group=spec.group)
-    features = cached_features((model, processor), samples, progress) if recipe.cache_features else None
+    features = None
+    if recipe.cache_features:  # made by the encoder as it is, before its weights are cast
+        model.model.vision_tower.to(args.device)
+        features = cached_features((model, processor), samples, progress)
     packing = stage_packing(spec, model)
     half, dtype = half_precision(args), next(p.dtype for p in model.parameters() if p.requires_grad)
     cast_frozen(model, half)
