@@ -298,3 +298,10 @@ def test_stage_one_over_few_bits_saves_the_connector(recipe, tmp_path, text):  #
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["connector.safetensors"]
     model, _ = load_model(str(folder))
     assert not getattr(model, "is_quantized", False)
+
+
+def test_a_peft_that_transformers_finds_too_old_is_told_before_anything_trains(recipe, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(UsageError, match=r"finetune: lora, with transformers .* >= 99\.0"):
+        train(recipe(*LORA), progress=False)
+    assert not (tmp_path / "run/pretrain/model").exists()

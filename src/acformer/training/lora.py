@@ -7,7 +7,7 @@ weights are frozen. The connector beside them is trained whole.
 from dataclasses import dataclass
 from typing import Any
 
-from acformer.errors import UsageError, unknown_name
+from acformer.errors import UsageError, translated, unknown_name
 
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 """Bytes of a weight as bitsandbytes keeps it; nf4 has a float32 scale for 64 of them."""
@@ -68,11 +68,16 @@ def lora_targets(model: Any, targets: str | list) -> list[str]:
 
 
 def check_peft() -> None:
-    """`UsageError` where PEFT is not installed."""
+    """`UsageError` where PEFT is not installed, or older than the installed transformers wants it."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise UsageError("lora needs PEFT, which is not installed: pip install 'acformer[peft]'") from error
+    import transformers
+    from transformers.integrations import peft as theirs
+
+    with translated(f"lora, with transformers {transformers.__version__}", UsageError, ValueError):
+        theirs.check_peft_version(min_version=theirs.MIN_PEFT_VERSION)
 
 
 def add_adapters(model: Any, lora: LoraSpec) -> None:
