@@ -130,6 +130,7 @@ def test_compiles_and_exports_with_all_parts(make_features):
     assert exported(twice.tokens, twice.cls_attention).shape == (6, 10, 24)
 
 
+@pytest.mark.slow
 def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
     """As of `acformer` (test_compile.py); with `pooled`, whose cells Python counts, each has its own."""
     connector, features = shaken(new(**{**ALL, "pooled": False})), make_features(CLIP, batch=3)

@@ -233,6 +233,7 @@ def kill_after(arguments, folder, lines):
     assert not (folder / "predictions.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_killed_twice_it_goes_on(model_folder, tmp_path):
     """Of what a killed process has written, also half a line, nothing is lost, doubled or out of order."""
     root, out = tmp_path / "published", tmp_path / "out"
@@ -252,6 +253,7 @@ def test_killed_twice_it_goes_on(model_folder, tmp_path):
     assert told.startswith("pope ")
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_questions(model_folder, tmp_path):
     root = tmp_path / "published"
     write("pope", root)

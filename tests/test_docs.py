@@ -142,6 +142,7 @@ def names_of(passed: list[str], file: str) -> set[str]:
     return {parts[-1] for parts in tests if parts[0] == f"tests/{file}.py"}
 
 
+@pytest.mark.slow
 def test_three_steps_are_enough(tmp_path):
     """The page's connector in a copy of the package: all contract tests find it by its name, and it passes them."""
     (code,) = blocks(section(ADD_CONNECTOR), "python")
@@ -159,6 +160,7 @@ def test_three_steps_are_enough(tmp_path):
     assert names_of(passed, "test_bench")
 
 
+@pytest.mark.slow
 def test_a_selector_is_a_function_and_a_line(tmp_path):
     """As above, of the page's selector; `acformer` and `direct` take it."""
     (code,) = blocks(section(ADD_SELECTOR), "python")

@@ -91,6 +91,7 @@ def test_a_model_runs_where_this_package_is_not(name, tmp_path, photo):
     assert isinstance(found["said"], str)
 
 
+@pytest.mark.slow
 def test_what_it_saves_is_self_contained_again(tmp_path, photo):
     model = tiny.model()
     out = export_self_contained(str(save(model, tmp_path / "model")), tmp_path / "exported")
@@ -117,6 +118,7 @@ def test_the_folder_is_a_model_of_ours_as_well(tmp_path):
     assert type(AutoProcessor.from_pretrained(out, trust_remote_code=True)) is type(processor)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_merged(tmp_path, photo):
     from peft import LoraConfig, get_peft_model
 
@@ -212,6 +214,7 @@ def assert_answers_alike(folder: Path, suffix: str, model, prompt: str, images: 
 
 
 @pytest.mark.parametrize("tokens", [None, 3])
+@pytest.mark.slow
 def test_a_graph_of_torch(tokens, tmp_path):
     model = tiny.model()
     chosen = [] if tokens is None else ["--tokens", str(tokens)]

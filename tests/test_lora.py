@@ -106,6 +106,7 @@ def test_adapters_and_connector_learn_and_are_saved(recipe, tmp_path, trainers, 
     )
 
 
+@pytest.mark.slow
 def test_every_command_loads_it_and_merge_makes_an_ordinary_model(recipe, tmp_path, data, capsys, trainers):  # noqa: F811
     folder = train(recipe(*LORA), progress=False)
     trained, (merged, processor) = trainers[-1].model.eval(), load_model(str(tmp_path / "run"))
@@ -146,6 +147,7 @@ def test_a_run_can_be_moved_and_a_base_that_is_gone_is_told(recipe, tmp_path):  
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.slow
 def test_resume_is_exact_and_without_stage_one_there_is_a_base(recipe, tmp_path, text, pretrained):  # noqa: F811
     own = [*ONE, *LORA, *SAVE, *([text] if pretrained else [])]
     whole = adapter_weights(train(recipe(*own, f"output_dir={tmp_path}/whole"), progress=False))

@@ -118,6 +118,7 @@ def test_keys_of_an_entry_win_over_the_stages():
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.slow
 def test_resume_in_a_mixture_goes_on_in_its_order(recipe, files, data, tmp_path, strategy):  # noqa: F811
     """Ten samples an epoch in batches of four: three steps; stopped after the fifth of seven."""
     own = [*ONE, f"finetune.data={mixed(files, data)}", f"finetune.training.train_sampling_strategy={strategy}"]

@@ -230,6 +230,7 @@ for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
 """
 
 
+@pytest.mark.slow
 def test_the_code_of_the_card_runs(folder):
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     tiny.picture().save(folder / "photo.jpg")
@@ -263,6 +264,7 @@ def test_without_trust_nothing_of_the_folder_runs_and_nothing_is_half_loaded(tru
     assert load_model(str(folder)), "ours never asks for it"
 
 
+@pytest.mark.slow
 def test_loading_with_trust_does_not_change_what_is_saved(folder, tmp_path):
     """transformers would copy the file of the class."""
     code = """

@@ -1,7 +1,6 @@
 """The model on tiny random configs: loss, generation, budgets, cached features, checkpoints, encoders, connectors."""
 
 import copy
-import hashlib
 import os
 import subprocess
 import sys
@@ -392,26 +391,28 @@ def test_the_bare_model_leaves_the_head_out(folder, batch, model):
 
 
 IN_A_FRESH_PROCESS = """
-import hashlib, sys, torch
+import sys, torch
 from acformer.hf import AcFormerForConditionalGeneration
 for folder in sys.argv[1:]:
     model = AcFormerForConditionalGeneration.from_pretrained(folder)
-    logits = model(**torch.load(f"{folder}/inputs.pt")).logits
-    print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest())
+    torch.save(model(**torch.load(f"{folder}/inputs.pt")).logits.detach(), f"{folder}/logits.pt")
 """
 
 
 def test_a_checkpoint_means_the_same_in_another_process(tmp_path):
-    hashes = []
+    expected = {}
     for connector in tiny.CONNECTORS:
         model = tiny.model(connector)
         inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=model.config.num_placeholders)
         torch.save(dict(inputs), save(model, tmp_path / connector) / "inputs.pt")
-        hashes.append(hashlib.sha256(model(**inputs).logits.detach().numpy().tobytes()).hexdigest())
+        expected[connector] = model(**inputs).logits.detach()
     command = [sys.executable, "-c", IN_A_FRESH_PROCESS, *(str(tmp_path / name) for name in tiny.CONNECTORS)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    told = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **threads})
-    assert told.stdout.split() == hashes
+    subprocess.run(command, capture_output=True, check=True, env={**os.environ, **threads})
+    for connector, logits in expected.items():
+        found = torch.load(tmp_path / connector / "logits.pt")
+        # A mapped file's weights lie at other addresses, where a depth-wise convolution takes another kernel: 3e-6.
+        torch.testing.assert_close(found, logits, rtol=0, atol=2e-5)
 
 
 def spoil(folder: Path, how: str) -> str:

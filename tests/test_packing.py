@@ -174,6 +174,7 @@ def losses(folder) -> list[float]:
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.slow
 def test_a_stage_trains_as_it_would_unpacked(recipe, data, tmp_path, strategy):  # noqa: F811
     records = json.loads((data / "questions.json").read_text())
     for number, record in enumerate(records):

@@ -67,6 +67,7 @@ def test_no_module_of_unix_alone_is_imported_at_the_top():
             assert not names & UNIX_ONLY, path
 
 
+@pytest.mark.slow
 def test_a_model_is_saved_loaded_and_asked_without_these_modules(tmp_path):
     code = WITHOUT_THEM.format(blocked=UNIX_ONLY)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

@@ -132,6 +132,7 @@ assert torch.equal(model(**torch.load(f"{folder}/inputs.pt")).logits, torch.load
 """
 
 
+@pytest.mark.slow
 def test_its_model_loads_in_a_fresh_process(installed, tmp_path, monkeypatch):
     model = tiny.model("scaled")
     with torch.no_grad():

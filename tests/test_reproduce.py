@@ -361,6 +361,7 @@ def test_processes_share_the_work(plan, tmp_path, monkeypatch):
     assert made == ["runs", "runs", "steps", "steps"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_know_a_connector_says_so(plan, tmp_path, monkeypatch):
     monkeypatch.setitem(CONNECTORS, "mine", MLPConnector)  # here alone, as in a script's `__main__`
     (cell,) = cells_of(replace(plan, rows=(TableRow("mine", "mine"),)))
@@ -404,6 +405,7 @@ class Closing:
         os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_process_on_its_way_out_is_waited_for_not_asked_again_and_again(monkeypatch):
     drawn = []
     with tqdm(total=1, disable=True) as bar:
@@ -412,6 +414,7 @@ def test_a_process_on_its_way_out_is_waited_for_not_asked_again_and_again(monkey
     assert drawn == ["closes"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_failed_run(tmp_path):
     with tqdm(total=1, disable=True) as bar:
         run_tasks([Dying(tmp_path / "why")], 2, bar)

@@ -161,6 +161,7 @@ def losses(folder) -> list[float]:
     ],
     ids=lambda value: next(iter(value)),
 )
+@pytest.mark.slow
 def test_what_is_allowed_and_must_not_change_the_loss(recipe, training):  # noqa: F811
     one = ["stage=finetune", "pretrain=null", "resume=false"]
     expected = losses(train(recipe(*one), progress=False))

@@ -309,6 +309,7 @@ def test_intervals_draw_groups_not_images():
     assert math.isnan(lone.estimates["other_jaccard"].mean)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_rows_summary_and_figure(plan, images, tmp_path):
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     paths = find_images(images)

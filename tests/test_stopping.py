@@ -125,6 +125,7 @@ def test_a_signal_in_a_fork_is_not_lost(recipe, tmp_path):  # noqa: F811
     assert verify_folder(tmp_path / "run/finetune/checkpoint-1") is None
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_workers_too_is_a_stop(recipe, tmp_path, at_step):  # noqa: F811
     """As a scheduler sends it to all processes of a job; the workers happen to be first."""
 
@@ -212,12 +213,14 @@ def test_a_worker_whose_memory_runs_out(recipe, monkeypatch):  # noqa: F811
         train(recipe(*ONE, WORKER), progress=False)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed(recipe, monkeypatch):  # noqa: F811
     in_a_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UsageError, match=r"a loader's worker was killed, .*: lower dataloader_num_workers"):
         train(recipe(*ONE, WORKER), progress=False)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs(recipe, monkeypatch):  # noqa: F811
     monkeypatch.setattr("acformer.training.trainer.LOADER_TIMEOUT", 1.0)
     in_a_worker(monkeypatch, lambda: time.sleep(20))
@@ -270,6 +273,7 @@ def command(recipe, tmp_path):  # noqa: F811
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_and_a_second_one_in_its_folder(command, tmp_path):
     """Both on the command line: the second is refused in one line, the first saves on SIGTERM and says how to go on."""
     long = "finetune.training.max_steps=100000"

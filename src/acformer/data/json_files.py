@@ -6,7 +6,6 @@ U+2028), a byte order mark is passed over, and one bad record does not hide thos
 
 import codecs
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ class JsonFile(Records):
         self.numbers = arrays.get("numbers")
         self.digest = facts["sha256"]
         self.decoder = StrictDecoder()
-        self._handle: int | None = None
         if len(self) > 1 and self.numbers is not None and self._is_one_object():
             self._take_whole()
 
@@ -47,7 +45,7 @@ class JsonFile(Records):
     def record(self, index: int) -> Any:
         """See `Records`."""
         start, end = map(int, self.spans[index])
-        content = os.pread(self._file(), end - start, start)
+        content = self._read(start, end - start)
         try:
             text = content.decode("utf-8-sig" if start == 0 else "utf-8")
         except UnicodeDecodeError:
@@ -71,9 +69,6 @@ class JsonFile(Records):
         """The file's sha256."""
         return self.digest
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handle": None}
-
     def _index(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         start = self._start_of_list()
         if start is None:
@@ -89,10 +84,10 @@ class JsonFile(Records):
         text = start.removeprefix(codecs.BOM_UTF8).lstrip()
         return len(start) - len(text) + 1 if text.startswith(b"[") else None
 
-    def _file(self) -> int:
-        if self._handle is None:
-            self._handle = os.open(self.path, os.O_RDONLY)
-        return self._handle
+    def _read(self, start: int, size: int) -> bytes:
+        with self.path.open("rb") as file:  # a handle of its own: forked workers would share a place in it
+            file.seek(start)
+            return file.read(size)
 
     def _is_one_object(self) -> bool:
         """Whether the lines are those of one object, printed on several."""
@@ -106,7 +101,7 @@ class JsonFile(Records):
         if (size := self.path.stat().st_size) > LONGEST_OBJECT:
             return False
         try:
-            text = os.pread(self._file(), size, 0).decode("utf-8-sig")
+            text = self._read(0, size).decode("utf-8-sig")
             return self.decoder.next(text, 0)[1] == len(text)
         except (UnicodeDecodeError, DataError):
             return False

@@ -1,9 +1,9 @@
 """An image that lies in a zip or a tar, read there without unpacking the rest."""
 
-import os
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from acformer.errors import ImageError
 
@@ -32,13 +32,9 @@ class StoredImage:
     def read(self, size: int) -> bytes:
         """The first `size` bytes; `ImageError` where the archive is gone or damaged there."""
         try:
-            handle = os.open(self.archive, os.O_RDONLY)
-            try:
-                content = os.pread(
-                    handle, min(self.packed, size) if self.method == STORED else self.packed, self._at(handle)
-                )
-            finally:
-                os.close(handle)
+            with open(self.archive, "rb") as file:  # a handle of its own: forked workers would share a place in it
+                file.seek(self._at(file))
+                content = file.read(min(self.packed, size) if self.method == STORED else self.packed)
             if self.method == STORED:
                 return content
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
@@ -47,10 +43,11 @@ class StoredImage:
         except (zlib.error, struct.error) as error:
             raise ImageError("damaged in its archive") from error
 
-    def _at(self, handle: int) -> int:
+    def _at(self, file: BinaryIO) -> int:
         """Behind a zip's local header: 30 bytes, which end in the lengths of the name and of what else follows."""
         if not self.has_header:
             return self.offset
-        header = os.pread(handle, 30, self.offset)
+        file.seek(self.offset)
+        header = file.read(30)
         name, extra = struct.unpack("<HH", header[26:30])
         return self.offset + 30 + name + extra

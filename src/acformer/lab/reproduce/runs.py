@@ -180,8 +180,8 @@ def fingerprint(value: Any) -> str:
 
 FORMER_NAMES = {"direct": "top_p", "hidden_layers": "levels"}
 """Connectors and options that had another name when the first records were made."""
-NEW_FIELDS = {"lora", "quantize"}
-"""Of a stage, which recipes did not have then; where they say nothing the run is the same."""
+NEW_FIELDS = {"lora": None, "quantize": None, "packing": False, "save": "model", "connector_weights": None}
+"""Of a stage or the model, which recipes did not have then: with these values the run is the same."""
 NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}}
 """Options that it did not have then: it was no alias."""
 
@@ -190,10 +190,10 @@ def as_recorded(recipe: Recipe) -> dict[str, Any]:
     """The recipe in the names that its records were made with: the same run has the same fingerprint still."""
     spelled = asdict(recipe)
     model = spelled["model"]
-    for stage in STAGES:
-        for key in NEW_FIELDS & (spelled[stage] or {}).keys():
-            if spelled[stage][key] is None:
-                del spelled[stage][key]
+    for section in (model, *(spelled[stage] or {} for stage in STAGES)):
+        for key in NEW_FIELDS.keys() & section.keys():
+            if section[key] == NEW_FIELDS[key]:
+                del section[key]
     model["connector"] = FORMER_NAMES.get(model["connector"], model["connector"])
     model["connector_kwargs"] = {FORMER_NAMES.get(key, key): value for key, value in model["connector_kwargs"].items()}
     return spelled
@@ -209,7 +209,7 @@ def what_decides(recipe: Recipe) -> dict[str, Any]:
 
 def start_fingerprint(scale: Scale) -> str:
     """Of the recipe of the probe that comes first; empty without one."""
-    return fingerprint(asdict(table_recipe(scale.probe))) if scale.probe else ""
+    return fingerprint(as_recorded(table_recipe(scale.probe))) if scale.probe else ""
 
 
 def cells_of(plan: Plan) -> list[Cell]:
