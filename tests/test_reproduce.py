@@ -693,6 +693,22 @@ def test_records_of_connectors_by_their_former_names_are_recognised(table, monke
     assert [job.name for run in made for job in (run, Timing(run), *run.trials) if job.fingerprint not in known] == []
 
 
+def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
+    """They had a third of the scale's steps, and say so: no row of the scale itself takes them for its own."""
+    monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (16, 16), 1))
+    short = "finetune.training.max_steps=1500"
+    made = {
+        json.loads(path.read_text())["fingerprint"]
+        for path in (Path(__file__).parents[1] / "results/hard-short-cpu-hard").glob("*/*.json")
+    }
+    assert made
+    for overrides, name, known in (((short,), "hard-short", True), ((), None, False)):
+        cells = cells_of(plan_for("successor", "cpu-hard", overrides=overrides, name=name))
+        runs_of = [run for cell in cells for run in cell.runs]
+        marks = {job.fingerprint for run in runs_of for job in (run, Timing(run), *run.trials)}
+        assert (made <= marks) == known
+
+
 def test_rows_of_another_table_are_those_runs(monkeypatch):
     """The rivals of `successor` at the old scale are table 3's: the same fingerprints, so they are taken over."""
     monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (12, 12), 1))
