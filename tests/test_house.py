@@ -153,3 +153,9 @@ def test_the_python_of_the_first_pages_runs(tmp_path):
     for block in python_blocks():
         result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+def test_raises_sections_have_one_exception_a_line():
+    """The page of the API reads them so."""
+    two = re.compile(r"^ +[A-Z]\w*Error: .*\. [A-Z]\w*Error: ", re.MULTILINE)
+    assert [str(path) for path in SOURCES if two.search(path.read_text())] == []

@@ -126,6 +126,11 @@ def test_cached_features_train_the_same_model(recipe, tmp_path):
     assert losses["cached"] == pytest.approx(losses["live"], rel=2e-2)
 
 
+def test_weights_in_float16_are_refused(recipe):
+    with pytest.raises(UsageError, match=r"weights in float16 cannot be trained.*model.dtype float32"):
+        train(recipe("model.dtype=float16"), progress=False)
+
+
 def test_samples_are_cut_at_the_language_models_context(recipe, caplog, monkeypatch):
     from acformer.training import stages
 

@@ -28,7 +28,8 @@ def load_config(name: str) -> PreTrainedConfig:
     """The config of a model of transformers, once its folder has been looked at.
 
     Raises:
-        CheckpointError: a file of weights that lies outside, a kernel from a hub. ValueError: code of its own.
+        CheckpointError: a file of weights that lies outside, a kernel from a hub.
+        ValueError: code of its own.
     """
     refuse_files_outside(name)
     check_config(PreTrainedConfig.get_config_dict(name)[0])

@@ -49,8 +49,8 @@ def select_anchors(cls_attention: Float[Tensor, "B H N"], num_anchors: int) -> I
         (B, num_anchors) int64 patch indices in 0..N-1, ascending (raster order).
 
     Raises:
-        ValueError: `num_anchors` outside 1..N (as `UsageError`); a NaN score in a CPU tensor. On an accelerator,
-            where looking for NaN would wait for the device, and in a compiled graph NaN ranks below every number.
+        ValueError: `num_anchors` outside 1..N (as `UsageError`); a NaN score in a CPU tensor. On an accelerator, where
+            looking for NaN would wait for the device, and in a compiled graph NaN ranks below every number.
     """
     _check(cls_attention, num_anchors)
     if _has_kernel(cls_attention):

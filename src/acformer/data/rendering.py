@@ -51,7 +51,8 @@ def render(tokenizer: Any, template: str, chat: Chat, *, for_answer: bool) -> st
     """The text of a chat; with `for_answer` the generation prompt at its end.
 
     Raises:
-        DataError: the template refuses this chat. UsageError: it is no template, or runs or grows without end.
+        DataError: the template refuses this chat.
+        UsageError: it is no template, or runs or grows without end.
     """
     compiled = _compiled(template.removeprefix(FLATTEN))  # the contents are strings, and flattening costs their square
     limits = _Limits(template, sum(len(message["content"]) for message in chat))

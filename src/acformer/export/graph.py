@@ -97,9 +97,9 @@ def export_graph(name: str, out: Path, form: str, part: str = "vision", num_toke
         num_tokens: T, where the connector is elastic; by default its own.
 
     Raises:
-        CheckpointError: no model of ours there. UsageError: `out` is there already, T that the connector cannot give,
-            a package that is missing, `all` of a model that reads images beside its text, or a graph that cannot be
-            made or is not equal to the model.
+        CheckpointError: no model of ours there.
+        UsageError: `out` is there already, T that the connector cannot give, a package that is missing, `all` of a
+            model that reads images beside its text, or a graph that cannot be made or is not equal to the model.
     """
     if out.exists():
         raise UsageError(f"{out} is there already: name another --out")

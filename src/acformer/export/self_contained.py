@@ -39,8 +39,9 @@ def export_self_contained(name: str, out: Path) -> Path:
     """Copy a model of ours to `out`, with all the code that it needs.
 
     Raises:
-        CheckpointError: no model of ours there, or a damaged one. UsageError: `out` is there already, or the model has
-            parts of another package (a connector, a timm encoder), which would not be there.
+        CheckpointError: no model of ours there, or a damaged one.
+        UsageError: `out` is there already, or the model has parts of another package (a connector, a timm encoder),
+            which would not be there.
     """
     if out.exists():
         raise UsageError(f"{out} is there already: name another --out")

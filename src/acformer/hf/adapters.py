@@ -70,7 +70,8 @@ def merged(model: Any, folder: Path) -> Any:
     """The model with the adapter's weights added to its own: an ordinary model again, of the same class.
 
     Raises:
-        UsageError: PEFT is not installed. CheckpointError: an adapter of another model, or one that cannot be merged.
+        UsageError: PEFT is not installed.
+        CheckpointError: an adapter of another model, or one that cannot be merged.
     """
     try:
         from peft import PeftConfig, PeftModel

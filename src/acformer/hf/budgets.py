@@ -124,7 +124,8 @@ def visual_tokens(
         budget: T of all images, or (images,) of them; None: the connector's own.
 
     Raises:
-        UsageError: a T that the connector cannot give. ValueError: another number of them than of images.
+        UsageError: a T that the connector cannot give.
+        ValueError: another number of them than of images.
     """
     if not isinstance(budget, Tensor | Sequence):
         tokens = connector(features, budget)  # (U, T, E)

@@ -76,7 +76,8 @@ def build_model(
             model, or LLaVA's `mm_projector.bin`.
 
     Raises:
-        CheckpointError: a part cannot be loaded, or another connector's weights. UsageError: a name or option that
+        CheckpointError: a part cannot be loaded, or another connector's weights.
+        UsageError: a name or option that
         does not exist.
     """
     tower = load_tower(vision, weights_dtype := parse_dtype(dtype))

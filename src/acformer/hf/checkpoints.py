@@ -152,8 +152,9 @@ def load_model(
     other weights are; they are read from there.
 
     Raises:
-        CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config,
-            a processor of another model, code of its own. UsageError: an adapter, but PEFT is not installed.
+        CheckpointError: nothing there, a file that changed since it was saved, weights that do not fit the config, a
+            processor of another model, code of its own.
+        UsageError: an adapter, but PEFT is not installed.
     """
     folder = model_folder(name)
     _check_path(name)

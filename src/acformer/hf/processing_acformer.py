@@ -97,7 +97,8 @@ class AcFormerProcessor(Published, ProcessorMixin):
         Prompts and images in the other order, `processor(text, images)`, are told apart and a line says so.
 
         Raises:
-            ImageError: an image that cannot be read, a URL. ValueError: tags and images differ in number.
+            ImageError: an image that cannot be read, a URL.
+            ValueError: tags and images differ in number.
             UsageError: a T that the connector cannot give, where the processor knows what it can.
         """
         images, text = self._in_order(images, text)

@@ -73,7 +73,8 @@ class VisualTokenCache:
                 that compares equal is taken to do the same.
 
         Raises:
-            ImageError: an image that cannot be read. UsageError: the model is in training mode, or cannot give T.
+            ImageError: an image that cannot be read.
+            UsageError: the model is in training mode, or cannot give T.
         """
         if self.model.training:
             raise UsageError("visual tokens are kept of a model in eval mode: call model.eval() first")

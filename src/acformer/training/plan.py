@@ -118,7 +118,8 @@ def plan(recipe: Recipe, hardware: Hardware, texts: Texts | None = None) -> Plan
     """The plan of the stages that the recipe would run.
 
     Raises:
-        CheckpointError: a part's config can be read nowhere. UsageError: parts or settings that do not fit.
+        CheckpointError: a part's config can be read nowhere.
+        UsageError: parts or settings that do not fit.
     """
     _check(hardware)
     model = empty_model(model_config(recipe))

@@ -31,7 +31,8 @@ def model_config(recipe: Recipe) -> AcFormerConfig:
     """The architecture that a recipe builds, or that of the model it goes on from.
 
     Raises:
-        CheckpointError: a part's config can be read nowhere. UsageError: the parts make no model.
+        CheckpointError: a part's config can be read nowhere.
+        UsageError: the parts make no model.
     """
     if recipe.from_model is not None:
         folder = model_folder(recipe.from_model)

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -64,7 +65,8 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     before the first one trains. SIGTERM leaves a checkpoint behind and is handed on to whoever listened before.
 
     Raises:
-        UsageError: recipe and output folder do not fit, or another run is at work there. DataError: too many bad
+        UsageError: recipe and output folder do not fit, or another run is at work there.
+        DataError: too many bad
         records. CheckpointError: a part cannot be loaded, or nothing saved. DivergedError: loss, gradient or weights
         not finite; the last checkpoint is untouched.
     """
@@ -235,6 +237,11 @@ def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerP
     own, budget = copy.copy(processor), None
     with translated(stage, UsageError, UsageError):
         check_modules(model, spec.learning_rates)
+        if model.dtype == torch.float16:
+            raise UsageError(
+                "weights in float16 cannot be trained, their gradients vanish or overflow: take model.dtype "
+                "float32 (and training.fp16 for the arithmetic), or bfloat16"
+            )
         if spec.lora is not None:
             lora_targets(model, spec.lora.targets)
             check_base(recipe, stage)

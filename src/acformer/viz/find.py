@@ -70,7 +70,8 @@ def find_anchors(
         num_anchors: how many patches to keep.
 
     Raises:
-        UsageError: the encoder gives no [CLS] attention, or has fewer patches than that. ImageError: no such image.
+        UsageError: the encoder gives no [CLS] attention, or has fewer patches than that.
+        ImageError: no such image.
     """
     pixels = image_processor(load_image(image), return_tensors="pt")["pixel_values"]
     with torch.inference_mode():

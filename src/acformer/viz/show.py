@@ -33,7 +33,9 @@ def show_anchors(
         image_size: pixels a side that the encoder is fed; the picture is padded to a square, as LLaVA does.
 
     Raises:
-        ImageError: the picture cannot be read. CheckpointError: no such encoder. UsageError: see `find_anchors`.
+        ImageError: the picture cannot be read.
+        CheckpointError: no such encoder.
+        UsageError: see `find_anchors`.
     """
     from acformer.viz.drawing import Drawing  # matplotlib is slow to import
 

@@ -35,8 +35,8 @@ def set_up_page(model: str | None, compare: str | None, dtype: torch.dtype | str
     """Load what was named; without a model the newest run in `runs/quickstart` or, failing that, the encoder alone.
 
     Raises:
-        UsageError: a model to compare, and none to compare it with. CheckpointError: no such model, or neither a
-            trained model nor the encoder (`acformer fetch dinov2-s14`).
+        UsageError: a model to compare, and none to compare it with.
+        CheckpointError: no such model, or neither a trained model nor the encoder (`acformer fetch dinov2-s14`).
     """
     trained = model or newest_run(RUNS)
     if trained is None and compare is not None:

@@ -101,7 +101,8 @@ def attend_to_answer(
 
     Raises:
         UsageError: no image tokens in the sequence (a fusion other than `concat`), a connector that cannot be mapped
-            back, an encoder without anchors, an answer without a word. ImageError: an image that cannot be read.
+            back, an encoder without anchors, an answer without a word.
+        ImageError: an image that cannot be read.
     """
     if model.config.fusion != "concat":
         raise UsageError(f"what an answer reads can be shown for fusion concat alone, not for {model.config.fusion}")

@@ -47,8 +47,9 @@ def write_layers(
         the files.
 
     Raises:
-        UsageError: too many images, too small a square, an encoder without [CLS] attention. CheckpointError: no such
-            encoder. ImageError: an image that cannot be read.
+        UsageError: too many images, too small a square, an encoder without [CLS] attention.
+        CheckpointError: no such encoder.
+        ImageError: an image that cannot be read.
     """
     if len(images) > MOST_IMAGES:
         raise UsageError(f"a contact sheet holds {MOST_IMAGES} images, not {len(images)}: call it several times")

@@ -65,7 +65,8 @@ def beside_the_paper(name: str, folder: Path) -> str:
     one with its connector and the nearest number of tokens, else that of `acformer`.
 
     Raises:
-        UsageError: another table. DataError: no scores in the folder, or two of one model and benchmark.
+        UsageError: another table.
+        DataError: no scores in the folder, or two of one model and benchmark.
     """
     if name not in TABLES:
         raise unknown_name("table of scores", name, TABLES)

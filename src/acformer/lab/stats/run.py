@@ -58,8 +58,10 @@ def run_stats(
     figure.png and figure.svg, in which finished runs in the folders `beside` stand beside this one.
 
     Raises:
-        UsageError: rows of other settings in `out`, no finished run in a folder beside, more anchors than patches,
-            no [CLS] attention. DataError: no images. CheckpointError: no such encoder.
+        UsageError: rows of other settings in `out`, no finished run in a folder beside, more anchors than patches, no
+            [CLS] attention.
+        DataError: no images.
+        CheckpointError: no such encoder.
     """
     others = [_finished(folder) for folder in beside]
     encoder = config.encoder().to(device or torch.device("cpu"))
