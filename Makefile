@@ -112,7 +112,7 @@ $(VENV)-compat-%/.compat: pyproject.toml constraints.txt
 	@touch $@
 
 EXTRAS_PINS := torch|transformers|tokenizers|huggingface[-_]hub|numpy|matplotlib|pytest|hypothesis|beartype|jaxtyping|$\
-	ftfy|gradio|ipykernel|nbclient|nbformat|playwright|onnx[a-z-]*|bitsandbytes|peft|torchao|optimum-quanto
+	ftfy|gradio|ipykernel|nbclient|nbformat|playwright|datasets|pyarrow|onnx[a-z-]*|bitsandbytes|peft|torchao|optimum-quanto
 
 # gradio wants an older Pillow than we test with, and timm a torchvision that nothing here imports.
 $(VENV)-extras/.extras: pyproject.toml constraints.txt

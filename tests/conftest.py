@@ -1,5 +1,6 @@
 """Shared by all tests: shapes checked as types, tiny encoders, made-up features, a record of what torch runs."""
 
+import os
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
@@ -18,6 +19,10 @@ from typed import check_types
 import acformer.connectors
 from acformer.connectors import Connector, Geometry
 from acformer.vision.features import VisionFeatures
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads would wait for one another
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("acformer", deadline=None, derandomize=True, database=None)
 settings.load_profile("acformer")

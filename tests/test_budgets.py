@@ -148,7 +148,8 @@ def test_shared_images_at_several_budgets():
         ).pooler_output
         for row, tokens, number in zip(index.tolist(), shared, (3, 3, 9, 3), strict=True):
             alone = model.get_image_features(pixels[row : row + 1], num_visual_tokens=number, return_dict=True)
-            torch.testing.assert_close(tokens, alone.pooler_output[0])
+            # Two images in a matmul or one: 1.4e-5 in outputs of 1.3.
+            torch.testing.assert_close(tokens, alone.pooler_output[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="num_visual_tokens has 1 values for 2 images"):
         model.get_image_features(pixels, num_visual_tokens=[3])
 
