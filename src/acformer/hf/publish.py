@@ -96,9 +96,11 @@ def push_folder(
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Of a model's weights: one that was trained on has another."""
+    """Of a model's weights: one that was trained on has another. "" where processes share them out: it learns."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
+        if hasattr(weight, "full_tensor"):  # to gather it all processes would have to ask
+            return ""
         sample = weight.detach().flatten()[:: max(1, weight.numel() // NUM_SAMPLED)]
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
