@@ -37,9 +37,14 @@ def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match=r"data\.parquet needs Hugging Face datasets: pip install 'acformer\[data\]'"):
+    with pytest.raises(
+        UsageError,
+        match=r"data\.parquet is a table \(parquet or Arrow\), which needs Hugging Face datasets",
+    ):
         load_samples(tmp_path / "data.parquet")
-    with pytest.raises(UsageError, match=r"owner/name, which is no file here, needs Hugging Face datasets"):
+    with pytest.raises(
+        UsageError, match=r"owner/name is no file here, so a data set of the Hub, which needs Hugging Face datasets"
+    ):
         load_samples("owner/name")
 
 

@@ -44,7 +44,9 @@ def as_sample(record: Any, file: str, number: int, images_in: ImageRoot) -> Samp
             messages = _cauldron_messages(turns, len(images))
         case dict():
             has = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"a record is an object with one of {', '.join(LAYOUTS)}; this one has {has[:200]}")
+            inner = [key for key, value in record.items() if isinstance(value, list) and value]
+            hint = f"; if the list under {inner[0]!r} holds the records, put it into a file of its own" if inner else ""
+            raise DataError(f"a record is an object with one of {', '.join(LAYOUTS)}; this one has {has[:200]}{hint}")
         case _:
             raise DataError(f"a record is an object with one of {', '.join(LAYOUTS)}")
     messages = _with_system_prompt(record, messages)

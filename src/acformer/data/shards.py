@@ -97,7 +97,7 @@ class Shard(Records):
         elif "txt" in members:
             caption = _text(members["txt"])
         else:
-            raise DataError(f"{first} has neither a .json nor a .txt beside it")
+            raise DataError(f"of this tar shard {first} has neither a .json nor a .txt beside it")
         content = [{"type": "image"}] * len(images)
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": caption.strip()}]
         return {"id": _key(first), "messages": turns, "images": images}

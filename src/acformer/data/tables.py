@@ -31,8 +31,9 @@ def hf_datasets(path: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        what = "" if Path(path).expanduser().exists() else ", which is no file here,"
-        raise UsageError(f"{path}{what} needs Hugging Face datasets: pip install 'acformer[data]'") from error
+        here = Path(path).expanduser().exists()
+        what = "a table (parquet or Arrow)," if here else "no file here, so a data set of the Hub,"
+        raise UsageError(f"{path} is {what} which needs Hugging Face datasets: pip install 'acformer[data]'") from error
     return datasets
 
 

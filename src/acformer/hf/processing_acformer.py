@@ -35,13 +35,17 @@ class AcFormerImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     detail: Any
 
 
-class AcFormerProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+class AcFormerCallKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Options of `AcFormerProcessor`."""
 
     images_kwargs: AcFormerImagesKwargs
 
 
-class AcFormerProcessor(Published, ProcessorMixin):
+class PublishedProcessor(Published, ProcessorMixin):
+    """One class between: transformers compares a processor's methods with those of its first parent."""
+
+
+class AcFormerProcessor(PublishedProcessor):
     """An image processor, a tokenizer that knows `<image>`, a chat template, and T.
 
     `num_placeholders` comes from the config's (the connector's T; 1 where `fusion` is not `concat`) and is saved with
@@ -80,7 +84,7 @@ class AcFormerProcessor(Published, ProcessorMixin):
         text: Any = None,
         *,
         num_visual_tokens: Any = None,
-        **kwargs: Unpack[AcFormerProcessorKwargs],
+        **kwargs: Unpack[AcFormerCallKwargs],
     ) -> BatchFeature:
         """Model inputs for prompts in which every image is one `<image>`.
 
