@@ -43,6 +43,7 @@ def rows(batch: int, patches: int) -> Tensor:
     return torch.randn(batch, 2, patches, generator=torch.Generator().manual_seed(0)).softmax(-1)
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_number_of_anchors():
     """And for every batch and number of patches (batch 3, H 2: equal sizes would be taken for one variable)."""
     backend = CompileCounterWithBackend("aot_eager")
@@ -54,6 +55,7 @@ def test_one_graph_for_every_number_of_anchors():
 
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "dinov2"])
+@pytest.mark.slow
 def test_images_to_tokens_and_back(family, make_tower, pixels):
     """Two graphs for any number of tokens; gradients of the connector as without the compiler."""
     pipeline = Pipeline(make_tower(family, **SMALL))

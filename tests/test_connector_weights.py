@@ -43,6 +43,7 @@ def test_stage_one_saves_the_connector_and_where_the_rest_is(alone, recipe, text
     "second",
     [[], ["finetune.lora={r: 2, dropout: 0}"], ["finetune.learning_rates={connector: 0.1}", "finetune.save=connector"]],
 )
+@pytest.mark.slow
 def test_stage_two_goes_on_from_it(alone, recipe, text, tmp_path, second):  # noqa: F811
     """As from a whole model, whether both stages run at once or one after the other."""
     after = train(recipe(*ALONE, text, *second), progress=False)

@@ -76,6 +76,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow
 def test_a_model_runs_where_this_package_is_not(name, tmp_path, photo):
     options, budget = MODELS[name]
     model = tiny.model(**options)

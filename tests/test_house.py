@@ -147,6 +147,7 @@ def test_every_public_name_is_shown():
     assert [name for name in acformer.__all__ if not re.search(rf"\b{name}\b", shown)] == []
 
 
+@pytest.mark.slow
 def test_the_python_of_the_first_pages_runs(tmp_path):
     """Each block in a process of its own."""
     save_stand_ins(tmp_path)

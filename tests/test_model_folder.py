@@ -240,6 +240,7 @@ def test_the_code_of_the_card_runs(folder):
     assert asked == 0
 
 
+@pytest.mark.slow
 def test_trust_remote_code_loads_the_classes_of_the_package(folder, tmp_path):
     result = run(ASKED.format(trust=True), tmp_path)
     names = ["configuration_acformer", *["modeling_acformer"] * 2, "processing_acformer"]
@@ -253,6 +254,7 @@ def test_without_the_package_that_is_what_it_says(folder, tmp_path):
 
 
 @pytest.mark.parametrize("trust", [False, None])
+@pytest.mark.slow
 def test_without_trust_nothing_of_the_folder_runs_and_nothing_is_half_loaded(trust, folder, tmp_path):
     for module in folder.glob("*.py"):
         module.write_text("raise SystemExit('code has run')")

@@ -580,7 +580,7 @@ def test_rows_are_compared_seed_by_seed_and_by_kind(page):
     assert (found.mean, found.half) == pytest.approx((0.02, half), rel=1e-3)
     assert found.p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3), 2 degrees of freedom
     text = table_text(page, [base, other])
-    (line,) = (line for line in first_table(text) if line.startswith("| `mlp` | +2.0"))
+    (line,) = (line for line in text.splitlines() if line.startswith("| `mlp` | +2.0"))
     assert line == "| `mlp` | +2.0 ± 2.5 | 0.074 | +3.0, +2.0, +1.0 | +0.0 ± 24.8 | +0.0 ± 0.0 |"
     assert "| less `acformer` | average | p | seed by seed | far | near |" in text
     assert "| `acformer` | 50.0 ± 0.0 | 80.0 ± 24.8 |" in text, "accuracy by kind"

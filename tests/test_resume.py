@@ -152,6 +152,7 @@ def tampered(state: dict, change: str):
 
 
 @pytest.mark.parametrize("change", ["shape", "groups", "list", "hostile", "text", "empty"])
+@pytest.mark.slow
 def test_an_optimizer_that_cannot_be_loaded(stopped, recipe, change, monkeypatch, tmp_path):  # noqa: F811
     again, checkpoint = stopped()
     path = checkpoint / "optimizer.pt"
@@ -172,6 +173,7 @@ def test_an_optimizer_that_cannot_be_loaded(stopped, recipe, change, monkeypatch
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state.pth", "trainer_state.json", TRAINED_ON])
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"global_step": "x"}'])
+@pytest.mark.slow
 def test_files_of_a_checkpoint_that_are_odd(stopped, recipe, name, content):  # noqa: F811
     again, checkpoint = stopped()
     (checkpoint / name).write_bytes(content)
@@ -215,6 +217,7 @@ def test_an_item_that_raises_stop_iteration_does_not_end_the_epoch(recipe, monke
 # The folder
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_users_own_is_not_written_over(recipe, tmp_path):  # noqa: F811
     own = tmp_path / "mine/recipe.yaml"
     own.parent.mkdir()

@@ -266,6 +266,7 @@ def test_the_vocabulary():
     ],
     ids=list(DIFFICULTIES),
 )
+@pytest.mark.slow
 def test_guessing_gets_little(difficulty, bounds):
     asked = [as_reply(sample) for sample in islice(undrawn_samples(difficulty.name, "test"), 3200)]
     blind = blind_replies(training_questions(difficulty.name), asked)

@@ -228,6 +228,7 @@ def test_a_worker_that_hangs(recipe, monkeypatch):  # noqa: F811
         train(recipe(*ONE, WORKER), progress=False)
 
 
+@pytest.mark.slow
 def test_other_failures_keep_their_traceback(recipe, at_step):  # noqa: F811
     at_step(2, run_out(RuntimeError("a bug of ours")))
     with pytest.raises(RuntimeError, match="a bug of ours"):

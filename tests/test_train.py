@@ -186,6 +186,7 @@ def test_learning_rates_reach_the_optimizer():
     assert {decay for _, decay, ndim in seen.values() if ndim == 1} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_another_recipe_is_refused(recipe, tmp_path, caplog):
     folder = train(recipe(), progress=False)
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
@@ -328,6 +329,7 @@ def test_resume_equals_never_stopped_and_passes_over_a_torn_checkpoint(recipe, t
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.slow
 def test_resume_within_a_later_epoch_goes_on_in_its_order(recipe, data, tmp_path, strategy):
     """Three steps an epoch; stopped after the fifth. Dropout would show a generator that is not restored."""
     records = json.loads((data / "questions.json").read_text())
