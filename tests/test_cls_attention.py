@@ -157,7 +157,9 @@ def test_no_square_map_is_formed(family, make_tower, record_ops):
         with record_ops() as record:
             features = encode(encoder, pixels)
         length = features.tokens.shape[1]
-        squares = [shape for shape in record.shapes if shape[-2:] == (length, length)]
+        # One mask of padding for all heads and blocks is not counted: transformers 5.24 writes it for SigLIP 2.
+        several = [shape for shape in record.shapes if torch.Size(shape).numel() > length**2]
+        squares = [shape for shape in several if shape[-2:] == (length, length)]
         largest = max(torch.Size(shape).numel() for shape in record.shapes)
         assert bool(squares) == (kernel == "eager")
         assert (largest >= 4 * length**2) == (kernel == "eager"), "H x N x N"
