@@ -42,7 +42,7 @@ test-vllm: $(VENV)-vllm/.vllm
 	$(VENV)-vllm/bin/pytest -m vllm tests/test_vllm.py tests/test_vllm_export.py
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow --ignore tests/conformance
+	$(BIN)/pytest -n auto -m slow --ignore tests/conformance
 
 # Published answers must score what was published; they lie in ACFORMER_SHARED, by default ../shared.
 test-benchmarks: $(VENV)/.dev
