@@ -167,3 +167,12 @@ def test_of_a_small_file_nothing_is_kept(tmp_path, monkeypatch, cache):
     (tmp_path / "data.json").write_text(json.dumps([talk(0)]))
     assert len(load_samples(tmp_path / "data.json")) == 1
     assert not cache.exists()
+
+
+def test_a_gzip_file_that_would_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b" " * 300 * 2**20, compresslevel=1))
+    with pytest.raises(DataError, match=r"data\.jsonl\.gz unpacks to more than [\d,]+ bytes: it is hardly text"):
+        JsonFile(path)
+    assert not list((tmp_path / "cache").rglob("*unpacked*json"))

@@ -144,7 +144,10 @@ def test_samples_are_cut_at_the_language_models_context(recipe, caplog, monkeypa
     monkeypatch.setattr(stages, "ConversationDataset", Watched)
     train(recipe("finetune.max_length=200"), progress=False)
     assert lengths == [256, 200]
-    assert "stage pretrain: samples are cut at the language model's context of 256 tokens, not at" in caplog.text
+    assert "samples are cut" not in caplog.text
+    train(recipe("finetune.max_length=1000", "resume=false", "stage=finetune"), progress=False)
+    assert lengths == [256, 200, 256]
+    assert "stage finetune: samples are cut at the language model's context of 256 tokens, not at max" in caplog.text
 
 
 def test_a_group_asks_several_questions_about_a_picture_encoded_once(recipe, data, tmp_path):

@@ -77,7 +77,7 @@ def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:
 
     Raises:
         UsageError: unknown name or option (with the nearest valid one), a value of the wrong type or out of range,
-        or one that the geometry cannot take.
+            or one that the geometry cannot take.
     """
     connector = CONNECTORS[name]
     options = {**CONNECTORS.resolve(name).options, **_renamed(connector, kwargs)}

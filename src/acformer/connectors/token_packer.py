@@ -37,7 +37,7 @@ class TokenPackerConnector(Connector):
 
     Raises:
         UsageError: a scale or heads that do not divide, an option of the wrong type; in the forward pass, features
-        without the hidden_layers.
+            without the hidden_layers.
     """
 
     former_options = MappingProxyType({"levels": "hidden_layers"})

@@ -87,6 +87,7 @@ class _Tags:
         self.places: list[list[int]] = [[] for _ in TAGS]
 
     def feed(self, base: int, chunk: bytes) -> None:
+        """The next piece of the file, which begins at `base`."""
         for places, tag in zip(self.places, TAGS, strict=True):
             at = chunk.find(tag)
             while at >= 0:
@@ -114,6 +115,7 @@ class _ListScanner:
         self.tags = _Tags()
 
     def feed(self, base: int, chunk: bytes) -> None:
+        """The next piece of the file, which begins at `base`."""
         if self.end is not None:
             self._look_behind(base, chunk)
             return
@@ -155,6 +157,7 @@ class _ListScanner:
             self.after = base + len(chunk) - len(rest)
 
     def finish(self, path: Path) -> Arrays:
+        """The records, once all was fed; `DataError` for a list that is broken off or followed by more."""
         edges = np.concatenate(self.edges) if self.edges else np.zeros(0, np.int64)
         is_open = self.end is None or (len(edges) > 0 and _is_blank(path, edges, self.start))
         if is_open and self.end is not None and len(edges) == 1:

@@ -63,22 +63,12 @@ def read_samples(path: FsPath, *, image_root: FsPath | None = None, skipped: Ski
 
 def good_samples(samples: Samples, title: str, skipped: SkipLog) -> Iterator[Sample]:
     """One after another; each is counted in `skipped` when it is reached. Errors: as `read_samples`."""
-    used, reason = 0, ""
+    reader = _Reader(samples, skipped)
     for index in range(len(samples)):
         skipped.offered += 1
-        try:
-            sample = samples.sample(index)
-        except SourceError:
-            raise
-        except DataError as error:
-            file, number = samples.where(index)
-            reason = reason or f"record {number}: {error}"
-            skipped.skip(file, number, str(error))
-        else:
-            used += 1
+        if (sample := reader.read(index)) is not None:
             yield sample
-    if not used:
-        raise DataError(f"{title} holds no usable record; {reason or 'it is empty'}")
+    reader.check_used(title)
 
 
 def look_through(samples: Samples, title: str, skipped: SkipLog) -> None:
@@ -89,22 +79,39 @@ def look_through(samples: Samples, title: str, skipped: SkipLog) -> None:
     """
     count = len(samples)
     wanted = min(count, 1) if samples.is_stream else count if count <= CHECKED else LOOKED_AT
-    used, reason = 0, ""
+    reader = _Reader(samples, skipped)
     for place in range(wanted):
-        index = place * count // wanted
+        reader.read(place * count // wanted)
+    reader.check_used(title, "" if wanted == count else f" among {wanted} that were looked at")
+    skipped.check()
+
+
+class _Reader:
+    """Reads records of `samples`; bad ones go to `skipped`, and the first one's reason is kept."""
+
+    def __init__(self, samples: Samples, skipped: SkipLog) -> None:
+        self.samples, self.skipped = samples, skipped
+        self.used, self.reason = 0, "it is empty"
+
+    def read(self, index: int) -> Sample | None:
+        """The sample, or None for a bad record; a source that breaks off is an error."""
         try:
-            samples.sample(index)
-            used += 1
+            sample = self.samples.sample(index)
         except SourceError:
             raise
         except DataError as error:
-            file, number = samples.where(index)
-            reason = reason or f"record {number}: {error}"
-            skipped.skip(file, number, str(error))
-    if not used:
-        among = "" if wanted == count else f" among {wanted} that were looked at"
-        raise DataError(f"{title} holds no usable record{among}; {reason or 'it is empty'}")
-    skipped.check()
+            file, number = self.samples.where(index)
+            if self.reason == "it is empty":
+                self.reason = f"record {number}: {error}"
+            self.skipped.skip(file, number, str(error))
+            return None
+        self.used += 1
+        return sample
+
+    def check_used(self, title: str, among: str = "") -> None:
+        """`DataError` where none was good."""
+        if not self.used:
+            raise DataError(f"{title} holds no usable record{among}; {self.reason}")
 
 
 def _folder(entry: Entry, path: Path) -> Samples:

@@ -7,8 +7,7 @@ processes share. Images stay undecoded: they go through `load_image` as all othe
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from acformer.data.entries import Entry, beside
 from acformer.data.image_root import ImageRoot
 from acformer.data.layouts import COLUMNS, LAYOUTS
 from acformer.data.records import Records
-from acformer.errors import AcFormerError, DataError, UsageError, one_line
+from acformer.errors import DataError, UsageError, one_line, translated
 
 logger = logging.getLogger("acformer")
 TEXTS = (*LAYOUTS, "system", "system_prompt")
@@ -56,7 +55,7 @@ class Table(Records):
         """See `Records`."""
         if index >= len(self.rows):
             raise DataError(self.broken[index - len(self.rows)][1])
-        return _as_lists(self.rows[index : index + 1].to_pylist()[0])
+        return as_record(self.rows[index : index + 1].to_pylist()[0])
 
     def where(self, index: int) -> tuple[str, int]:
         """The data set and the row, from 1; of a broken file, its name."""
@@ -154,11 +153,6 @@ def chosen_columns(rows: Any, path: str) -> Any:
     return rows.select_columns([name for name in there if name in COLUMNS])
 
 
-def as_record(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a stream as a record."""
-    return _as_lists(row)
-
-
 def _split_of(saved: Any, entry: Entry) -> Any:
     if not isinstance(saved, dict):
         return saved
@@ -167,20 +161,11 @@ def _split_of(saved: Any, entry: Entry) -> Any:
     return saved[entry.split]
 
 
-@contextmanager
-def _reading(entry: Entry) -> Iterator[None]:
+def _reading(entry: Entry) -> AbstractContextManager[None]:
     """`datasets` and those that it calls raise whatever they like."""
-    try:
-        yield
-    except AcFormerError:
-        raise
-    except Exception as error:
-        hint = (
-            ""
-            if Path(entry.path).expanduser().exists()
-            else "; there is no such file here, nor can it be had of the Hub"
-        )
-        raise DataError(f"cannot read {entry.path}{hint}: {one_line(error)}") from error
+    is_here = Path(entry.path).expanduser().exists()
+    hint = "" if is_here else "; there is no such file here, nor can it be had of the Hub"
+    return translated(f"cannot read {entry.path}{hint}", DataError)
 
 
 def _whole_files(files: list[Path]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -199,8 +184,8 @@ def _whole_files(files: list[Path]) -> tuple[list[str], list[tuple[str, str]]]:
     return whole, broken
 
 
-def _as_lists(row: dict[str, Any]) -> dict[str, Any]:
-    """Turns as lists of objects, also where an older `datasets` stores them as an object of lists."""
+def as_record(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its turns as lists of objects, also where an older `datasets` stores them as an object of lists."""
     return {
         key: _transposed(value) if key in LAYOUTS and isinstance(value, dict) else value for key, value in row.items()
     }

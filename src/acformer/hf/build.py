@@ -77,8 +77,7 @@ def build_model(
 
     Raises:
         CheckpointError: a part cannot be loaded, or another connector's weights.
-        UsageError: a name or option that
-        does not exist.
+        UsageError: a name or option that does not exist.
     """
     tower = load_tower(vision, weights_dtype := parse_dtype(dtype))
     if isinstance(text, str):

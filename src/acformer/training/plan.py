@@ -178,6 +178,7 @@ class _Planner:
         self.accumulation = self.settings["gradient_accumulation_steps"]
 
     def plan(self) -> StagePlan:
+        """All that is known of the stage."""
         usual, longest = self.usual(), self.longest()
         step, peak = self.trace(usual, self.sharding, checkpointing=False), self.trace(longest, self.sharding)
         memory = self.memory(self.sharding, peak)
@@ -232,6 +233,7 @@ class _Planner:
         return image + min(text, max(self.spec.max_length - image, 1))
 
     def batch(self, length: int, supervised: int, images: int, tokens: int) -> Batch:
+        """A batch of rows of `length` tokens with so many images, each of `tokens` visual tokens."""
         own = self.model.model.connector.num_tokens
         budget = None if tokens == own else tokens
         return Batch(
@@ -275,6 +277,7 @@ class _Planner:
         return {name: sum(memory.values()) for name, memory in found.items() if name != self.sharding}
 
     def num_steps(self, samples: int) -> int | None:
+        """Optimizer steps of so many samples each; None where the number of samples is not known."""
         if self.settings["max_steps"] > 0:
             return self.settings["max_steps"]
         if self.text.samples is None:

@@ -66,9 +66,9 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
 
     Raises:
         UsageError: recipe and output folder do not fit, or another run is at work there.
-        DataError: too many bad
-        records. CheckpointError: a part cannot be loaded, or nothing saved. DivergedError: loss, gradient or weights
-        not finite; the last checkpoint is untouched.
+        DataError: too many bad records.
+        CheckpointError: a part cannot be loaded, or nothing saved.
+        DivergedError: loss, gradient or weights not finite; the last checkpoint is untouched.
     """
     with explained(), run_folder.reserved(recipe.output):
         run_folder.check_same_run(recipe)
@@ -149,8 +149,7 @@ def _open(spec: StageSpec, seed: int, skip_log: SkipLog) -> Mixture:
     if data_entries(spec.data)[0].streaming and training.get("max_steps", -1) > 0:
         if spec.group > 1 or training.get("train_sampling_strategy", "random") == "group_by_length":
             raise UsageError("a stream is taken as it comes: leave group and train_sampling_strategy out")
-        rows = training["max_steps"] * training.get("per_device_train_batch_size", 8)
-        rows *= training.get("gradient_accumulation_steps", 1) * PartialState().num_processes
+        rows = training["max_steps"] * run_folder.samples_a_step(training, PartialState().num_processes)
     return open_samples(
         spec.data, image_root=spec.image_root, skipped=skip_log, limit=spec.max_samples, seed=seed, num_rows=rows
     )
@@ -306,12 +305,13 @@ def _max_length(spec: StageSpec, model: AcFormerForConditionalGeneration, stage:
     context = context_length(model.config)
     if context is None or context >= spec.max_length:
         return spec.max_length
-    logger.warning(
-        "stage %s: samples are cut at the language model's context of %d tokens, not at max_length %d",
-        stage,
-        context,
-        spec.max_length,
-    )
+    if spec.max_length != StageSpec.max_length:  # of the default nobody has said that it shall be so
+        logger.warning(
+            "stage %s: samples are cut at the language model's context of %d tokens, not at max_length %d",
+            stage,
+            context,
+            spec.max_length,
+        )
     return context
 
 

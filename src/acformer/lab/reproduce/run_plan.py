@@ -61,8 +61,8 @@ def reproduce(
         progress: show a bar with the time left.
 
     Raises:
-        UsageError: names that do not exist, records of another plan, an override that changes nothing, no accelerator
-        where the scale needs one, no scipy. DataError: a record that cannot be read.
+        UsageError: unknown names, records of another plan, an idle override, no accelerator, or no scipy.
+        DataError: a record that cannot be read.
         AcFormerError: some runs failed (after all others were made and the table was written).
     """
     chosen = _chosen(plan, connectors, budgets)
