@@ -5,7 +5,8 @@
 The model is that of the recipe `llava15-7b-mlp577`, built once (13.5 GB); its connector is exchanged for the recipe
 `llava15-7b-acformer145`'s at each number of visual tokens. A step is an image of noise through CLIP-L/336, the
 connector, the language model, the loss of `words` tokens, gradients of the connector and an AdamW step of it. The rows
-take turns in every round; seconds are medians, beside them the floor: multiply-adds of the step, by torch's counter.
+take turns in every round; seconds are medians, beside them the floor: FLOP of the step by torch's counter, which
+does not see attention on a CPU.
 """
 
 import argparse
