@@ -287,7 +287,7 @@ SCALES = {
             recipe="scenes-cpu-hard",
             budgets=(17, 37),  # 6 and 14 % of 257; 16 is 4 x 4 of the 16 x 16 patches, 36 an uneven 6 x 6
             data=("openmoji-scenes-hard:test", "openmoji-scenes-hard:novel"),
-            search=Search("openmoji-scenes-hard:validation", factors=(0.1, 0.3, 1.0, 3.0), fraction=0.1),
+            search=Search("openmoji-scenes-hard:validation", factors=(0.1, 0.3, 1.0, 3.0), fraction=0.2),
             seeds=5,
             scaling_budget=37,
             sizes=ON_TWO_CORES,
