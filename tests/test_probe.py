@@ -460,7 +460,7 @@ def test_replies_are_to_the_questions_of_the_data_set(probed, part, monkeypatch)
     knowing = probe_replies(probed, f"{SMALL.name}:{part}", 5)
     for replies in (predicted, knowing):
         assert [(r.id, r.answer, r.kind) for r in replies] == [(s.id, s.answer, s.kind) for s in expected]
-        assert [r.picture for r in replies] == [str(s.images) for s in expected]
+        assert [r.image for r in replies] == [str(s.images) for s in expected]
     assert all(reply.right for reply in knowing)
     assert 0 < sum(reply.right for reply in predicted) < len(predicted)
 

@@ -162,8 +162,8 @@ class Faults(NamedTuple):
             "second answers": self.double,
             f"of {num_questions} questions without an answer": self.missing,
         }
-        if told := [f"{len(ids)} {what} ({some(ids)})" for what, ids in kinds.items() if ids]:
-            raise DataError(f"{where} has {'; '.join(told)}")
+        if found := [f"{len(ids)} {what} ({some(ids)})" for what, ids in kinds.items() if ids]:
+            raise DataError(f"{where} has {'; '.join(found)}")
 
 
 def some(ids: Iterable[Any]) -> str:

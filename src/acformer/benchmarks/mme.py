@@ -169,6 +169,7 @@ def _parse(text: str | None, *, lmms_eval: bool) -> str:
 
 def _scores(sums: Sums) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy, and accuracy+ (both right) over images, of each category."""
+    # (..., categories * 3) -> (..., categories, 3) -> three of (..., categories)
     count, right, both = np.moveaxis(sums.reshape(*sums.shape[:-1], len(CATEGORIES), 3), -1, 0)
     return 100 * ratio(right, count), 100 * ratio(both, count)
 
@@ -178,7 +179,7 @@ def _score(sums: Sums) -> np.ndarray:
 
 
 def _parts(sums: np.ndarray) -> dict[str, Any]:
-    accuracy, plus = _scores(sums.reshape(-1))
+    accuracy, plus = _scores(sums.reshape(-1))  # (categories, 3) -> (categories * 3,)
     asked = [i for i in range(len(CATEGORIES)) if sums[i, 0]]
     categories = {
         CATEGORIES[i]: {

@@ -70,7 +70,7 @@ class Pope(Benchmark):
             yes = true == "yes"
             row = (1, said == true, said == "yes", yes, yes and said == "yes", yes and said == "no")
             counts[place, SAMPLINGS.index(question.category)] = row
-        flat = counts.reshape(len(questions), -1)
+        flat = counts.reshape(len(questions), -1)  # (questions, samplings * counts)
         score = _pooled if strict else _mean
         return Measure(flat, score, points, lambda: _parts(counts.sum(axis=0)), unparsed)
 
@@ -119,6 +119,7 @@ def _f1(sums: Sums) -> np.ndarray:
 
 
 def _by_sampling(sums: Sums) -> np.ndarray:
+    # (..., samplings * counts) -> (..., samplings, counts)
     return sums.reshape(*sums.shape[:-1], len(SAMPLINGS), len(COUNTS))
 
 

@@ -67,10 +67,10 @@ class ScienceQA(Benchmark):
 
 
 def _question(record: Record, subjects: dict[str, str], suffix: str) -> Question:
-    asked, told = (turn["value"] for turn in record["conversations"][:2])
+    asked, answer = (turn["value"] for turn in record["conversations"][:2])
     text = asked.replace("<image>", "").strip()
     key = str(record["id"])
-    return Question(key, text, record.get("image", ""), (told,), subjects.get(key, ""), text + suffix)
+    return Question(key, text, record.get("image", ""), (answer,), subjects.get(key, ""), text + suffix)
 
 
 def _of_table(place: int, record: Record, load: Callable[[], bytes] | None) -> Question:

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     from acformer.images import load_image
 
     for image in images:
-        load_image(image)  # a bad image is told before the model is loaded
+        load_image(image)  # a bad image is reported before the model is loaded
     from acformer.evaluate.generate import converse
 
     limits = {"num_visual_tokens": arguments.tokens, "max_new_tokens": arguments.max_new_tokens}

@@ -1,4 +1,4 @@
-"""`acformer plan`: what a recipe will need, told before anything is downloaded or trained."""
+"""`acformer plan`: what a recipe will need, before anything is downloaded or trained."""
 
 import argparse
 import json

@@ -92,7 +92,7 @@ def _index(path: Path, is_zip: bool) -> tuple[Arrays, dict[str, Any]]:
             raise DataError(f"{path} is not a zip or tar that can be read: {error}") from error
     order = np.argsort(np.array(hashes, np.uint64), kind="stable")
     arrays: Arrays = {
-        "members": np.array(members, np.int64).reshape(-1, 4),
+        "members": np.array(members, np.int64).reshape(-1, 4),  # (members, 4), also of none
         "names": np.frombuffer(b"".join(names), np.uint8),
         "hashes": np.array(hashes, np.uint64)[order],
         "order": order,

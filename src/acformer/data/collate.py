@@ -109,7 +109,7 @@ def _groups(samples: Samples, size: int) -> list[list[int]]:
         except SourceError:
             raise
         except DataError:
-            images = ()  # it is told when it is needed
+            images = ()  # reported when the sample is needed
         by_images.setdefault((part, images) if images else number, []).append(number)
     found = [same[i : i + size] for same in by_images.values() for i in range(0, len(same), size)]
     return sorted(found, key=lambda group: samples.part_of(group[0])) if isinstance(samples, Mixture) else found

@@ -120,12 +120,13 @@ class _ListScanner:
             self._look_behind(base, chunk)
             return
         self.tags.feed(base, chunk)
-        kinds = np.frombuffer(chunk.translate(bytes(_TABLE)), np.uint8)
+        kinds = np.frombuffer(chunk.translate(bytes(_TABLE)), np.uint8)  # (bytes,)
         places = np.flatnonzero(kinds)
-        kinds = kinds[places]
+        kinds = kinds[places]  # (places,): quotes, brackets, commas alone
         kept = ~_escaped(chunk, places, kinds)
         places, kinds = places[kept], kinds[kept]
         is_quote = kinds == QUOTE
+        # Behind an even number of quotes, that of the piece before counted in, a place is outside of strings.
         outside = (np.cumsum(is_quote) + (self.opened is not None)) % 2 == 0
         closes, said = self._strings(places[is_quote] + base)
         places, kinds = places[~is_quote & outside], kinds[~is_quote & outside]
@@ -140,7 +141,7 @@ class _ListScanner:
         if self.end is not None:
             edges = np.append(edges, self.end)
         self.edges.append(edges)
-        before = np.concatenate([[self.said], self.said + np.cumsum(said)])
+        before = np.concatenate([[self.said], self.said + np.cumsum(said)])  # (strings + 1,) bytes before each
         self.bytes_before.append(before[np.searchsorted(closes, edges)])
         self.said = int(before[-1])
 
@@ -149,7 +150,7 @@ class _ListScanner:
         if self.opened is not None:
             quotes = np.concatenate([[self.opened], quotes])
         self.opened = int(quotes[-1]) if len(quotes) % 2 else None
-        quotes = quotes[: len(quotes) // 2 * 2].reshape(-1, 2)
+        quotes = quotes[: len(quotes) // 2 * 2].reshape(-1, 2)  # (quotes,) -> (strings, 2): where each begins and ends
         return quotes[:, 1], quotes[:, 1] - quotes[:, 0] - 1
 
     def _look_behind(self, base: int, chunk: bytes) -> None:
@@ -167,7 +168,7 @@ class _ListScanner:
             at = path.stat().st_size if self.end is None else self.after or self.end
             raise DataError(f"{record}: not JSON: the list is broken off or followed by more at byte {at}")
         before = np.concatenate(self.bytes_before)[: len(edges)]
-        starts = np.concatenate([[self.start], edges[:-1] + 1])[: len(edges)]
+        starts = np.concatenate([[self.start], edges[:-1] + 1])[: len(edges)]  # (records,), as `edges`
         images = self.tags.between(np.concatenate([starts, [self.end]]))
         return {"spans": np.stack([starts, edges], axis=1), "text": np.diff(before, prepend=0), "images": images}
 

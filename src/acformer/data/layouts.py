@@ -80,9 +80,9 @@ def _stem(file: str) -> str:
 
 
 def _check_characters(record: dict[str, Any], messages: list[Any]) -> None:
-    told = [messages, *(record.get(key) for key in ("id", "kind", "answer"))]
+    texts = [messages, *(record.get(key) for key in ("id", "kind", "answer"))]
     try:
-        json.dumps(told, ensure_ascii=False).encode()
+        json.dumps(texts, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError("holds a lone surrogate, which is not a character") from None
 

@@ -68,8 +68,8 @@ class Mixture(Samples):
         """Of all sources, how many of their records are taken, and the weights."""
         if len(self.parts) == 1 and not self.is_weighted and self.counts[0] == len(self.parts[0]):
             return self.parts[0].fingerprint()
-        told = [[part.fingerprint() for part in self.parts], self.counts, self.weights]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        parts = [[part.fingerprint() for part in self.parts], self.counts, self.weights]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _find(self, index: int) -> tuple[Samples, int]:
         if not 0 <= index < len(self):

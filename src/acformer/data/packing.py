@@ -67,10 +67,11 @@ def packed_text(items: Sequence[dict[str, Any]], counts: Iterable[int], pad: int
     """`input_ids`, `labels`, `position_ids` (rows, L) of items in the order of their rows, `counts` of them in each."""
     left = iter(items)
     rows = [[next(left) for _ in range(count)] for count in counts]
-    ids = [torch.tensor([one for item in row for one in item["input_ids"]]) for row in rows]
+    ids = [torch.tensor([one for item in row for one in item["input_ids"]]) for row in rows]  # (tokens of a row,) each
     # The first token of a sample is never predicted: before it stands the sample before.
     labels = [torch.tensor([one for item in row for one in (IGNORE, *item["labels"][1:])]) for row in rows]
     length = max(map(len, ids))
+    # 0, 1, ... of each sample, and of the padding behind them: (L,) a row.
     places = [
         torch.cat([torch.arange(n) for n in (*(len(item["input_ids"]) for item in row), length - len(row_ids))])
         for row, row_ids in zip(rows, ids, strict=True)
@@ -78,5 +79,5 @@ def packed_text(items: Sequence[dict[str, Any]], counts: Iterable[int], pad: int
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
-        "position_ids": torch.stack(places),
+        "position_ids": torch.stack(places),  # (rows, L)
     }

@@ -12,7 +12,7 @@ ImageReference = Path | StoredImage | bytes
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation with its pictures (in the order of the image parts) and where it came from.
+    """One conversation with its images (in the order of the image parts) and where it came from.
 
     `answer` is the record's own `answer`, else the text of the last turn of the assistant; `kind` a label to
     group scores by; `file` and `record` (from 1; in JSON lines the line) name it in error messages.

@@ -74,8 +74,8 @@ class Shard(Records):
         return digest.hexdigest()
 
     def _per_sample(self, of_members: np.ndarray) -> np.ndarray:
-        sums = np.concatenate([[0], np.cumsum(of_members)]).astype(np.int64)
-        return np.diff(sums[self.firsts])
+        sums = np.concatenate([[0], np.cumsum(of_members)]).astype(np.int64)  # (members + 1,)
+        return np.diff(sums[self.firsts])  # (samples,)
 
     def _made_of(self, members: dict[str, StoredImage], first: str) -> Any:
         images = [member for end, member in members.items() if end.rpartition(".")[2] in IMAGES]

@@ -81,8 +81,8 @@ class Stream(Samples):
 
     def fingerprint(self) -> str:
         """Of what was asked for; what comes is not compared."""
-        told = [[asdict(entry) for entry in self.entries], self.seed]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        asked = [[asdict(entry) for entry in self.entries], self.seed]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_rows": None, "_next": 0}

@@ -207,8 +207,8 @@ def _text_bytes(array: Any) -> np.ndarray:
     if pa.types.is_struct(kind):
         return sum((_text_bytes(part) for part in array.flatten()), np.zeros(len(array), np.int64))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        sums = np.concatenate([[0], np.cumsum(_text_bytes(array.flatten()))])
-        ends = np.cumsum(_count(array))
+        sums = np.concatenate([[0], np.cumsum(_text_bytes(array.flatten()))])  # (items of all rows + 1,)
+        ends = np.cumsum(_count(array))  # (rows,) items up to and with each
         return sums[ends] - sums[np.concatenate([[0], ends[:-1]])]
     return np.zeros(len(array), np.int64)
 

@@ -3,7 +3,7 @@
 A family is what a question's `kind` says before the first `-`. Those that `MEASURES` names are scored, whatever the
 data set; a data set with none of them (easy-VQA) has no family scores.
 
-A measure turns each reply into a row of counts and the sum of rows into a score, so that a bootstrap over pictures
+A measure turns each reply into a row of counts and the sum of rows into a score, so that a bootstrap over images
 need only add up rows, also for F1 and for circles of questions.
 """
 
@@ -31,10 +31,10 @@ from acformer.evaluate.scorers import (
 
 @dataclass(frozen=True)
 class Reply:
-    """A question, its answer and what was said; `picture` groups the questions that stand or fall together."""
+    """A question, its answer and what was said; `image` groups the questions that stand or fall together."""
 
     id: str
-    picture: str
+    image: str
     kind: str | None
     question: str
     answer: str
@@ -53,7 +53,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Measure:
-    """rows: counts of each reply. score: sums of rows -> what ranks models, 0 to 1. details: what is told besides."""
+    """rows: counts of each reply. score: sums of rows -> what ranks models, 0 to 1. details: reported besides."""
 
     rows: Float[np.ndarray, "replies counts"]
     score: Callable[[Sums], np.ndarray]
@@ -69,7 +69,7 @@ def pope(replies: Sequence[Reply]) -> Measure:
     """F1 with `yes` as the positive, in each sampling (`exist-SAMPLING`) and on average (POPE, Li et al. 2023).
 
     F1 = 2 both / (said + true): answers that are, said or truly, yes. Saying always yes to balanced questions has F1
-    2/3 and accuracy 1/2, so both are told. Differs from POPE's script in that only the very word `yes` is yes.
+    2/3 and accuracy 1/2, so both are reported. Differs from POPE's script in that only the very word `yes` is yes.
     """
     kinds = list(dict.fromkeys(reply.kind for reply in replies))
     rows = np.zeros((len(replies), len(kinds), 5))
@@ -84,10 +84,11 @@ def pope(replies: Sequence[Reply]) -> Measure:
     }
 
     def score(sums: Sums) -> np.ndarray:
+        # (..., kinds * 5) -> (..., kinds, 5) -> five of (..., kinds)
         _, _, said, true, both = np.moveaxis(sums.reshape(*sums.shape[:-1], len(kinds), 5), -1, 0)
         return _safe(2 * both, said + true).mean(axis=-1)
 
-    return Measure(rows.reshape(len(replies), -1), score, details)
+    return Measure(rows.reshape(len(replies), -1), score, details)  # rows (replies, kinds * 5)
 
 
 def _pope_details(sums: Float[np.ndarray, "5"]) -> dict[str, float]:
@@ -111,10 +112,10 @@ def reading(replies: Sequence[Reply]) -> Measure:
 def circular(replies: Sequence[Reply]) -> Measure:
     """Right only where all orders of the options are (MMBench, Liu et al. 2023); plain accuracy besides.
 
-    The askings of one question are about one picture and have ids that end in `/0` to `/3`, the same before that.
+    The askings of one question are about one image and have ids that end in `/0` to `/3`, the same before that.
     Any other question stands alone: its id may be a path.
     """
-    circles = [(reply.picture, re.sub(r"/[0-3]\Z", "/", reply.id)) for reply in replies]
+    circles = [(reply.image, re.sub(r"/[0-3]\Z", "/", reply.id)) for reply in replies]
     sizes = Counter(circles)
     wrong = {circle for circle, reply in zip(circles, replies, strict=True) if not reply.right}
     rows = [[(circle not in wrong) / sizes[circle], 1 / sizes[circle]] for circle in circles]
@@ -142,7 +143,7 @@ def family_scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict[str,
     families = [family for family in MEASURES if asked[family]]
     if not families:
         return {}
-    model, guess = ([_by_picture(family, said) for family in families] for said in (replies, blind))
+    model, guess = ([_by_image(family, said) for family in families] for said in (replies, blind))
     scores = {
         family: {**_summary(seen, blindly), "questions": asked[family], **seen.details}
         for family, seen, blindly in zip(families, model, guess, strict=True)
@@ -150,12 +151,12 @@ def family_scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict[str,
     return {"families": scores, "average": _summary(_mean(model), _mean(guess))}
 
 
-def _by_picture(family: str, replies: Sequence[Reply]) -> Measure:
-    """The measure of a family, its rows added up to one for each picture of all replies."""
+def _by_image(family: str, replies: Sequence[Reply]) -> Measure:
+    """The measure of a family, its rows added up to one for each image of all replies."""
     chosen = [reply for reply in replies if reply.family == family]
     measure = MEASURES[family](chosen)
-    pictures = list(dict.fromkeys(reply.picture for reply in replies))
-    return replace(measure, rows=sum_by_group(measure.rows, [reply.picture for reply in chosen], pictures))
+    images = list(dict.fromkeys(reply.image for reply in replies))
+    return replace(measure, rows=sum_by_group(measure.rows, [reply.image for reply in chosen], images))
 
 
 def _mean(measures: Sequence[Measure]) -> Measure:
@@ -164,6 +165,7 @@ def _mean(measures: Sequence[Measure]) -> Measure:
 
     def score(sums: Sums) -> np.ndarray:
         blocks = np.split(sums, ends, axis=-1)
+        # A score (...) of each family's block (..., counts).
         return np.mean([measure.score(block) for measure, block in zip(measures, blocks, strict=True)], axis=0)
 
     return Measure(np.concatenate([measure.rows for measure in measures], axis=-1), score)

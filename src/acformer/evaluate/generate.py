@@ -29,7 +29,7 @@ def prompt_inputs(
 ) -> dict[str, Any]:
     """Model inputs for a batch of prompts, padded on the left so that answers start side by side.
 
-    `images`: the pictures of all prompts in order; none where `visual_tokens` are given to the model beside these
+    `images`: those of all prompts in order; none where `visual_tokens` are given to the model beside these
     inputs. `features`: what a frozen encoder made of a path, if known.
     """
     placeholders = processor.count_placeholders(num_visual_tokens)
@@ -45,8 +45,8 @@ def prompt_inputs(
     if images and features is not None:
         inputs["vision_features"] = stack_features(images, features)
     elif images:
-        pictures = [load_image(path) for path in images]
-        inputs["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        opened = [load_image(path) for path in images]
+        inputs["pixel_values"] = processor.image_processor(opened, return_tensors="pt")["pixel_values"]
     return inputs
 
 
@@ -85,7 +85,7 @@ def answer(
         options = generation_options(processor, room)
         with torch.inference_mode():
             output = model.generate(**to_device(inputs, model.device), visual_tokens=visual_tokens, **options)
-        yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])
+        yield from decode(processor, output[:, inputs["input_ids"].shape[1] :])  # (B, L + new) -> (B, new)
 
     with tqdm(total=len(samples), desc="answer", unit="q", disable=not progress) as bar:
         for start in range(0, len(samples), batch_size):

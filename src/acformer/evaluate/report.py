@@ -48,7 +48,7 @@ def evaluate(
 
     One that was stopped goes on behind the answers that it has left in `out`, if model and questions are the same.
 
-    accuracy (exact match), interval (95 %, bootstrap over pictures), accuracy_by_kind, num_questions, num_images,
+    accuracy (exact match), interval (95 %, bootstrap over images), accuracy_by_kind, num_questions, num_images,
     blind_accuracy (see `blind_replies`), num_image_tokens of num_vision_tokens, seconds; with questions of families
     that have a measure also families and average (see `family_scores`).
     """
@@ -102,7 +102,7 @@ def score_replies(data: str, replies: Sequence[Reply]) -> dict[str, Any]:
     """What the replies to questions of `data` are worth, whoever gave them; see `evaluate`."""
     blind = blind_replies(training_questions(data) or replies, replies)
     correct = [reply.right for reply in replies]
-    low, high = interval(correct, [reply.picture for reply in replies])
+    low, high = interval(correct, [reply.image for reply in replies])
     return {
         "data": data,
         "accuracy": sum(correct) / len(correct),
@@ -141,12 +141,12 @@ def training_questions(data: str) -> list[Reply]:
 
 def as_reply(sample: Sample) -> Reply:
     """A sample as what is scored, nothing being said yet."""
-    picture = str(sample.images or sample.id)
-    return Reply(sample.id, picture, sample.kind, question_text(sample), sample.answer or "")
+    image = str(sample.images or sample.id)
+    return Reply(sample.id, image, sample.kind, question_text(sample), sample.answer or "")
 
 
 def question_text(sample: Sample) -> str:
-    """The words of the last question, without the picture."""
+    """The words of the last question, without the image."""
     content = sample.prompt[-1]["content"]
     if isinstance(content, str):
         return content.strip()

@@ -74,8 +74,8 @@ def first_known(tables: Sequence[Mapping[str, str]], keys: Sequence[str]) -> str
 def interval(
     points: Sequence[float], groups: Sequence[str], *, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of points (right or wrong), drawing whole groups (pictures)."""
-    counts = np.stack([np.asarray(points, dtype=float), np.ones(len(points))], axis=1)
+    """95 % bootstrap interval of the mean of points (right or wrong), drawing whole groups (images)."""
+    counts = np.stack([np.asarray(points, dtype=float), np.ones(len(points))], axis=1)  # (answers, 2)
     by_group = sum_by_group(counts, groups, list(dict.fromkeys(groups)))
     return bootstrap(by_group, lambda sums: sums[..., 0] / sums[..., 1], seed=seed, draws=draws)
 
@@ -97,15 +97,16 @@ def bootstrap(
     seed: int = 0,
     draws: int = 2000,
 ) -> tuple[float, float]:
-    """95 % interval of a score of summed counts, drawing whole groups (pictures) with replacement.
+    """95 % interval of a score of summed counts, drawing whole groups (images) with replacement.
 
-    Questions about one picture stand or fall together, so drawing single questions would look too sure.
+    Questions about one image stand or fall together, so drawing single questions would look too sure.
     """
     random, groups = np.random.default_rng(seed), len(by_group)
     at_once = max(1, MAX_PICKS // groups)
     sums = []
     for start in range(0, draws, at_once):
         picks = random.integers(0, groups, size=(min(at_once, draws - start), groups))
+        # How often each group was drawn, (draws, groups), times its counts: (draws, counts).
         sums.append(np.stack([np.bincount(pick, minlength=groups) for pick in picks]) @ by_group)
     low, high = np.quantile(score(np.concatenate(sums)), [0.025, 0.975])
     return float(low), float(high)

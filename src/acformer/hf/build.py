@@ -35,7 +35,7 @@ from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.hf.public_names import public_name
 from acformer.untrusted import load_config
 from acformer.vision.encoder import truncate
-from acformer.vision.load import load_tower, loading, pixel_statistics, placement
+from acformer.vision.load import load_tower, pixel_statistics, placement
 
 FROM_TOKENIZER = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 """What a new language model's config has from its tokenizer."""
@@ -235,8 +235,8 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
             yield text
 
 
-def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
-    """The config of a new language model: `model.text` of a recipe, and what follows from its tokenizer (`told`).
+def new_text_config(options: dict, **from_tokenizer: int) -> PreTrainedConfig:
+    """The config of a new language model: `model.text` of a recipe, and what its tokenizer decides.
 
     Errors: `UsageError` for a kind of model or options that there are not, or that make no config.
     """
@@ -252,19 +252,19 @@ def new_text_config(options: dict, **told: int) -> PreTrainedConfig:
         if key not in valid:
             raise unknown_name("recipe key", f"model.text.{key}", (f"model.text.{name}" for name in valid))
     with translated(NO_TEXT, UsageError):
-        return config_class(**told, **options)
+        return config_class(**from_tokenizer, **options)
 
 
 def _new_text(options: dict, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
-    told = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in FROM_TOKENIZER}
-    config = new_text_config(options, **told)
+    from_tokenizer = {key: len(tokenizer) if key == "vocab_size" else getattr(tokenizer, key) for key in FROM_TOKENIZER}
+    config = new_text_config(options, **from_tokenizer)
     with translated(NO_TEXT, UsageError):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def pretrained_text(name: str, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and language model, with `<image>` in the vocabulary and in the embedding."""
-    with loading(name):
+    with translated(f"cannot load {name!r}", CheckpointError):
         load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, **placement())

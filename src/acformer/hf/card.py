@@ -114,7 +114,7 @@ def _made_of(config: AcFormerConfig) -> str:
     vision, text, geometry = config.vision_config, config.text_config, config.geometry
     connector = config.build_connector()
     options = {**connector_options(config.connector), **config.connector_kwargs}
-    told = ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "no options"
+    shown = ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "no options"
     idea = (CONNECTORS[config.connector].__doc__ or "").partition("\n")[0]
     tokens = f"{connector.num_tokens} of {config.num_vision_tokens}"
     others = "; any other number of tokens, if asked for" if connector.elastic else ""
@@ -126,7 +126,7 @@ def _made_of(config: AcFormerConfig) -> str:
             f"{_name(vision)}, {vision.num_hidden_layers} blocks of width {vision.hidden_size}, read at hidden layer "
             f"{config.feature_layer}",
         ),
-        ("connector", f"`{config.connector}`: {idea} Options: {told}{others}"),
+        ("connector", f"`{config.connector}`: {idea} Options: {shown}{others}"),
         ("visual tokens", f"**{tokens}** an image, of width {geometry.text_hidden_size}"),
         ("fusion", f"`{config.fusion}`"),
         ("language model", f"{_name(text)}, {text.num_hidden_layers} layers of width {text.hidden_size}"),

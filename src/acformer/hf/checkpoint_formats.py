@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedTokenizerBase
 
-from acformer.errors import CheckpointError
+from acformer.errors import CheckpointError, translated
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import make_processor, set_end_tokens
 from acformer.hf.checkpoints import load_model, model_folder
@@ -15,7 +15,6 @@ from acformer.hf.convert import from_llava, swap_connector
 from acformer.hf.original_llava import is_original, load_original
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.untrusted import load_config
-from acformer.vision.load import loading
 
 WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 """Files of a hub's repository that are read."""
@@ -53,7 +52,7 @@ def convert(
 def _read(
     source: str, folder: str, vision: str | None, text: str | None, template: str
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
-    with loading(source):
+    with translated(f"cannot load {source!r}", CheckpointError):
         values = PreTrainedConfig.get_config_dict(folder)[0] if _exists(folder) else {}
     if not values or values.get("model_type") == AcFormerConfig.model_type:
         return load_model(source)
@@ -79,7 +78,7 @@ def _exists(folder: str) -> bool:
 
 def _transformers(name: str) -> tuple[AcFormerForConditionalGeneration, PreTrainedTokenizerBase]:
     """LLaVA as transformers keeps it, with connector `mlp`."""
-    with loading(name):
+    with translated(f"cannot load {name!r}", CheckpointError):
         load_config(name)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
         theirs, report = LlavaForConditionalGeneration.from_pretrained(

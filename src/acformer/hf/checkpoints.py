@@ -27,7 +27,7 @@ from acformer.hf.connector_weights import load_connector, read_parts
 from acformer.hf.processing_acformer import check_processor
 from acformer.hf.publish import CARD
 from acformer.untrusted import refuse_files_outside
-from acformer.vision.load import loading, placement
+from acformer.vision.load import placement
 
 MANIFEST = "manifest.json"
 
@@ -166,7 +166,7 @@ def load_model(
         if not (Path(folder) / "config.json").is_file():
             raise CheckpointError(f"no model in {name}: there is no config.json (train one: acformer train tiny)")
         refuse_files_outside(folder)
-    with loading(name):
+    with translated(f"cannot load {name!r}", CheckpointError):
         model_type = AcFormerConfig.get_config_dict(folder)[0].get("model_type")
         if model_type != AcFormerConfig.model_type:
             raise CheckpointError(

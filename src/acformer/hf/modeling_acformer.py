@@ -152,8 +152,8 @@ def _refuse_wrong_keys(
         "unexpected": sorted(unexpected),
         "of another shape": [] if shapes_may_differ else sorted(str(key) for key in report["mismatched_keys"]),
     }
-    if told := [f"{len(keys)} weights {what} (first: {keys[0]})" for what, keys in problems.items() if keys]:
-        raise CheckpointError(f"{name}: the weights do not fit the config: {'; '.join(told)}")
+    if found := [f"{len(keys)} weights {what} (first: {keys[0]})" for what, keys in problems.items() if keys]:
+        raise CheckpointError(f"{name}: the weights do not fit the config: {'; '.join(found)}")
 
 
 class AcFormerModel(AcFormerPreTrainedModel):
@@ -194,7 +194,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
         Args:
             pixel_values: (images, 3, Y, X).
             vision_features: instead of pixels, what `get_vision_features` gave, or a dict: tokens (U, P+N, D),
-                cls_attention (U, H, N), hidden_layers (U, K, P+N, D) and, where prompts share pictures, image_index
+                cls_attention (U, H, N), hidden_layers (U, K, P+N, D) and, where prompts share images, image_index
                 (images,) into the U.
             num_visual_tokens: another T than the connector's own, where it is elastic; or one for each image.
         """
@@ -269,15 +269,16 @@ class AcFormerModel(AcFormerPreTrainedModel):
             }
         elif self.training:
             inputs_embeds = inputs_embeds + (self.connector.zero_loss() + self.fusion.zero_loss()).to(inputs_embeds)
-        inputs_embeds, told = self.fusion(inputs_embeds, places, **images)
+        inputs_embeds, arguments = self.fusion(inputs_embeds, places, **images)
         output = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **{CACHE: past_key_values if cache is None else cache},
-            **told,
+            **arguments,
             **kwargs,
         )
+        # (T, E) of each image -> (images * T, E)
         image_states = None if image_output is None else torch.cat(list(image_output.pooler_output))
         known = {name: output[name] for name in KEPT if name in output}
         return AcFormerModelOutput(**known, image_hidden_states=image_states)
@@ -466,7 +467,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :]
+        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :]  # (B, L, E) -> (B, kept, E)
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
         logits = self.head(self, hidden)
@@ -478,6 +479,6 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
 
 def _supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (1, S, E) that predict a supervised token, and these tokens (1, S)."""
-    targets = labels[:, 1:]
+    targets = labels[:, 1:]  # (B, L-1): what stands behind each position
     chosen = targets != -100
-    return hidden[:, :-1][chosen][None], targets[chosen][None]
+    return hidden[:, :-1][chosen][None], targets[chosen][None]  # (B, L-1, E) -> (S, E) -> (1, S, E)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from acformer.errors import CheckpointError
+from acformer.errors import CheckpointError, translated
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
 from acformer.hf.build import add_image_token, assemble, pretrained_text
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.untrusted import read_weights
 from acformer.vision.encoder import truncate
-from acformer.vision.load import load_tower, loading
+from acformer.vision.load import load_tower
 
 LANGUAGE_MODELS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 """LLaVA's `model_type`s, and transformers' of the language model inside."""
@@ -133,7 +133,7 @@ def _language_model(folder: Path, config: dict[str, Any], weights: dict[str, Ten
     config_class = CONFIG_MAPPING[kind]
     known = {*(field.name for field in fields(config_class)), *config_class.attribute_map, "rope_theta", "rope_scaling"}
     own = {name: weight for name, weight in weights.items() if not name.startswith(NOT_OURS)}
-    with loading(str(folder)):
+    with translated(f"cannot load {str(folder)!r}", CheckpointError):
         text_config = config_class(**{key: value for key, value in config.items() if key in known})
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         model, report = AutoModelForCausalLM._model_mapping[config_class].from_pretrained(

@@ -98,7 +98,7 @@ class AcFormerProcessor(PublishedProcessor):
                 `detail`, alone or in `images_kwargs` (`acformer.hf.budgets`).
             **kwargs: as transformers'.
 
-        Prompts and images in the other order, `processor(text, images)`, are told apart and a line says so.
+        Prompts and images in the other order, `processor(text, images)`, are recognised, exchanged and logged.
 
         Raises:
             ImageError: an image that cannot be read, a URL.
@@ -115,7 +115,7 @@ class AcFormerProcessor(PublishedProcessor):
         if not isinstance(request[1], list | tuple | torch.Tensor):
             self.sizes.of(*request)  # also where there is no image
         inputs = super(AcFormerProcessor, sized).__call__(images=images, text=text, **options)
-        budget = sized._told(len(inputs["pixel_values"]) if "pixel_values" in inputs else 0, options)
+        budget = sized._num_visual_tokens(len(inputs["pixel_values"]) if "pixel_values" in inputs else 0, options)
         if budget is not None:
             inputs["num_visual_tokens"] = budget
         return inputs
@@ -140,10 +140,10 @@ class AcFormerProcessor(PublishedProcessor):
             raise UsageError(f"fusion {self.fusion!r} takes one number of visual tokens for all images of a call")
         return wanted
 
-    def _told(self, num_images: int, options: Mapping) -> Any:
+    def _num_visual_tokens(self, num_images: int, options: Mapping) -> Any:
         """`num_visual_tokens` for the model: nothing for its own T, a number, or a tensor (images,).
 
-        vLLM is always told a tensor, of which it gives each image its own element.
+        vLLM is always given a tensor, of which it gives each image its own element.
         """
         if not num_images:
             value = (self._request or ("", None))[1]

@@ -101,6 +101,7 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     for name, weight in model.named_parameters():
         if hasattr(weight, "full_tensor"):  # to gather it all processes would have to ask
             return ""
+        # (at most 2 NUM_SAMPLED,) values of each weight: a step of the optimizer changes nearly all of them.
         sample = weight.detach().flatten()[:: max(1, weight.numel() // NUM_SAMPLED)]
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 
-from acformer.errors import UsageError
+from acformer.errors import CheckpointError, UsageError, translated
 from acformer.hf import AcFormerForConditionalGeneration
-from acformer.vision.load import loading
 
 SKIPPED = ("model.vision_tower", "model.connector", "model.fusion")
 """Names from the start, as transformers matches them: `connector` alone would be ignored in silence."""
@@ -45,7 +44,7 @@ def quantized(
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": dtype,
         }
-    with loading(f"the model in {kind}"):
+    with translated(f"cannot load the model in {kind}", CheckpointError):
         new = AcFormerForConditionalGeneration.from_pretrained(
             None,
             config=copy.deepcopy(model.config),

@@ -207,7 +207,7 @@ def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
     kind = next((kind for kind, (start, _) in HEADERS.items() if re.match(start, data)), None)
     if kind is None:
         raise ImageError("not a PNG, JPEG, WEBP, GIF, BMP or TIFF image")
-    _refuse_hidden_damage()
+    _refuse_truncated_images()
     with _decoding(kind):
         header = HEADERS[kind][1](data)
         if header.size is not None:
@@ -227,7 +227,7 @@ def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
 def _convert(image: Image.Image, limits: ImageLimits) -> Image.Image:
     """As `_decode`, of what PIL has opened, or made."""
     if isinstance(image, ImageFile.ImageFile):
-        _refuse_hidden_damage()
+        _refuse_truncated_images()
     with _decoding(image.format or image.mode):
         _check_size(image.size, limits)
         key = _colour_key(image)
@@ -235,9 +235,12 @@ def _convert(image: Image.Image, limits: ImageLimits) -> Image.Image:
         return _turned(_rgb(image, key), image.info.get("exif", b""))
 
 
-def _refuse_hidden_damage() -> None:
+def _refuse_truncated_images() -> None:
     if ImageFile.LOAD_TRUNCATED_IMAGES:  # another library's doing, not ours to undo under its threads
-        raise ImageError("set PIL.ImageFile.LOAD_TRUNCATED_IMAGES to False: it hides damage as grey, here in")
+        raise ImageError(
+            "set PIL.ImageFile.LOAD_TRUNCATED_IMAGES to False: with it PIL fills what a damaged file lacks with grey "
+            "instead of an error, here in"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What FSDP has to be told about our models, and checkpoints that any number of processes can go on from.
+"""What FSDP has to know about our models, and checkpoints that any number of processes can go on from.
 
 Nothing is sharded or sent here: accelerate and torch do that.
 """

@@ -50,7 +50,7 @@ class ElasticBudget:
 
 
 def elastic_choices(connector: Connector, low: int, high: int) -> tuple[int, ...]:
-    """The numbers of tokens in low..high that the connector can give: it is asked for each, of a blank image.
+    """The numbers of tokens in low..high that the connector can give: it is asked for each, with features of zeros.
 
     Raises:
         UsageError: the connector is not elastic, or cannot give `low` or `high`.
@@ -58,11 +58,11 @@ def elastic_choices(connector: Connector, low: int, high: int) -> tuple[int, ...
     if not connector.elastic:
         name, always = type(connector).__name__, connector.num_tokens
         raise UsageError(f"elastic: {name} always gives {always} tokens; take an elastic connector, say acformer")
-    choices, blank = [], connector.zero_features()
+    choices, zeros = [], connector.zero_features()
     for num_tokens in range(low, high + 1):
         try:
             with torch.no_grad():
-                connector(blank, num_tokens)
+                connector(zeros, num_tokens)
         except UsageError as error:
             if num_tokens in (low, high):
                 raise UsageError(f"elastic range {low}..{high}: {num_tokens} tokens do not fit: {error}") from error

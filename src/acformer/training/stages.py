@@ -61,7 +61,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
     """Run the stages of a recipe; returns the folder of the model that the last one made.
 
     A stage that is already whole in the output folder, with the same recipe, is not run again; an interrupted one
-    goes on from its newest whole checkpoint (unless `resume: false`). What is wrong with any stage to be run is told
+    goes on from its newest whole checkpoint (unless `resume: false`). What is wrong with any stage to be run is said
     before the first one trains. SIGTERM leaves a checkpoint behind and is handed on to whoever listened before.
 
     Raises:
@@ -122,7 +122,7 @@ def _train_stages(recipe: Recipe, todo: Mapping[str, StageSpec], progress: bool)
 
 
 def check_stage(spec: StageSpec, seed: int) -> None:
-    """What can be told of a stage before anything is built."""
+    """What can be checked of a stage before anything is built."""
     check_arguments(spec, seed)
     if spec.lora is not None:
         check_peft()

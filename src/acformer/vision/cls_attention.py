@@ -75,10 +75,10 @@ def cls_row(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = No
     with torch.autocast(query.device.type, enabled=False):
         scores = query[:, :, :1].to(dtype) @ key.to(dtype).transpose(-1, -2) * scaling  # (B, H, 1, L)
         if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask[..., :1, :], float("-inf"))
+            scores = scores.masked_fill(~mask[..., :1, :], float("-inf"))  # the row of [CLS]: (B, H, 1, L)
         elif mask is not None:
             scores = scores + mask[..., :1, :].to(dtype)
-        return scores.softmax(dim=-1)[:, :, 0]
+        return scores.softmax(dim=-1)[:, :, 0]  # (B, H, 1, L) -> (B, H, L)
 
 
 def _use_recording_attention(attention: Any, tower: PreTrainedModel) -> None:
@@ -119,7 +119,7 @@ class _AsInTheTower:
 
 def _keep_projected(module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
     """The row from the first query and the keys: the weights that the module returns are rounded to its dtype."""
-    weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+    weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)  # (D, D) of q, k, v each
     with torch.autocast(args[0].device.type, enabled=False):
         query, key = (  # (B, L, D) -> (B, H, L, d)
             F.linear(x.to(weight.dtype), weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)

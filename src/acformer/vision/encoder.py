@@ -137,6 +137,7 @@ def _features(
             "scaled_dot_product_attention, so its [CLS] attention cannot be read (for timm, set TIMM_FUSED_ATTN=1)"
         )
     row = None if row is None else row[:, :, prefix - tokens.shape[1] :]  # (B, H, P+N) -> (B, H, N)
+    # K times (B, P+N, D) -> (B, K, P+N, D)
     hidden = torch.stack([recording.tokens[layer] for layer in layers], dim=1) if layers else None
     return VisionFeatures(tokens, row, grid, prefix, hidden)
 

@@ -65,6 +65,7 @@ def encoder_key(
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, value in tower.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        # Any dtype as its bytes, (all of them,): numpy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:20]
 
@@ -292,7 +293,7 @@ class FeatureCache:
                 pages = mmap.mmap(file.fileno(), 0, flags=flags, prot=access)
             else:
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(pages, dtype=DTYPES[name], count=math.prod(shape)).view(shape)
+        return torch.frombuffer(pages, dtype=DTYPES[name], count=math.prod(shape)).view(shape)  # (rows, P+N, D) or so
 
 
 def _checksum(arrays: dict[str, Tensor]) -> int:

@@ -2,15 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoModel, LlavaImageProcessorPil, PreTrainedModel
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from acformer.errors import AcFormerError, CheckpointError, UsageError
+from acformer.errors import CheckpointError, UsageError, translated
 from acformer.fetch.embedded import resolve
 from acformer.untrusted import load_config
 from acformer.vision.families import ENCODERS
@@ -33,10 +31,10 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Of a checkpoint of two towers (CLIP's, SigLIP's) only the vision half is read.
     """
     if is_library_name(name):
-        with loading(name):
+        with translated(f"cannot load {name!r}", CheckpointError):
             return load_library_model(name, dtype)
     name = resolve(name)
-    with loading(name):
+    with translated(f"cannot load {name!r}", CheckpointError):
         config = load_config(name)
         if config.model_type not in ENCODERS.names():
             config = getattr(config, "vision_config", config)
@@ -70,7 +68,7 @@ def pixel_statistics(vision: str | PreTrainedModel) -> tuple[list[float], list[f
             raise UsageError(f"{vision.name_or_path or 'the model'} does not say the mean and std of its pixels")
         return list(config.image_mean), list(config.image_std)
     name = resolve(vision if isinstance(vision, str) else vision.name_or_path)
-    with loading(name):
+    with translated(f"cannot load {name!r}", CheckpointError):
         # The file itself: AutoImageProcessor wants torchvision in transformers < 5.19.
         own, _ = LlavaImageProcessorPil.get_image_processor_dict(name)
     if own.get("do_normalize") is False:  # RADIO normalises inside
@@ -89,17 +87,3 @@ def _three_numbers(values: object) -> bool:
         and len(values) == 3
         and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     )
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Turn the many errors of a failed load into one `CheckpointError` that names the model; ours stay as they are."""
-    try:
-        yield
-    except AcFormerError:
-        raise
-    except Exception as error:  # files, configs and models have no end of ways to say that they are wrong
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if "trust_remote_code" in str(error):
-            reason = "it works only with code that comes along with it, and such code is never run"
-        raise CheckpointError(f"cannot load {name!r}: {reason}") from error

@@ -1,4 +1,4 @@
-"""Anchors as pictures: `find` those of a picture, `overlay` them on it, `show` both in a notebook.
+"""Anchors, drawn: `find` those of an image, `overlay` them on it, `show` both in a notebook.
 
 `sources` tells which patches a visual token was made of.
 """

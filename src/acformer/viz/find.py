@@ -34,7 +34,7 @@ class Anchors:
     @property
     def heat(self) -> Float[Tensor, "h w"]:
         """The mean of the heads on the grid."""
-        return self.scores.mean(dim=0).reshape(self.grid)
+        return self.scores.mean(dim=0).reshape(self.grid)  # (H, N) -> (N,) -> (h, w)
 
     @property
     def by_head(self) -> tuple[tuple[int, ...], ...]:

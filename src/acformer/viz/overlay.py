@@ -1,7 +1,7 @@
-"""Patches outlined on the picture that they were cut from.
+"""Patches outlined on the image that they were cut from.
 
-Patches are counted on the square that the encoder is fed. LLaVA's image processor pads the picture to that
-square (`pad_to_square=True`: patches are mapped back, the padding is cut off); others squash the picture.
+Patches are counted on the square that the encoder is fed. LLaVA's image processor pads the image to that
+square (`pad_to_square=True`: patches are mapped back, the padding is cut off); others squash the image.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ DARK: Colour = (0, 0, 0)
 def draw_anchors(
     image: ImageSource, indices: Sequence[int], grid: tuple[int, int], *, pad_to_square: bool = False
 ) -> Image.Image:
-    """A copy of the picture, enlarged if small, with the patches outlined: bright on a dark rim.
+    """A copy of the image, enlarged if small, with the patches outlined: bright on a dark rim.
 
     Args:
         image: whatever `load_image` reads.
         indices: patches, 0..h*w-1.
         grid: (h, w) patches.
-        pad_to_square: the encoder sees the picture padded to a square, not squashed into one.
+        pad_to_square: the encoder sees the image padded to a square, not squashed into one.
 
     Raises:
         UsageError: an index outside the grid.
@@ -57,7 +57,7 @@ def _enlarge(image: Image.Image) -> Image.Image:
 
 
 def padded_square(size: tuple[int, int], pad_to_square: bool) -> Box:
-    """(left, top, right, bottom) of what the patch grid covers, in the picture's own pixels."""
+    """(left, top, right, bottom) of what the patch grid covers, in the image's own pixels."""
     width, height = size
     if not pad_to_square:
         return 0, 0, width, height
@@ -67,7 +67,7 @@ def padded_square(size: tuple[int, int], pad_to_square: bool) -> Box:
 
 
 def patch_box(index: int, grid: tuple[int, int], size: tuple[int, int], pad_to_square: bool) -> Box:
-    """The patch in the picture's pixels, clipped to the picture: empty (right <= left) in the padding."""
+    """The patch in the image's pixels, clipped to the image: empty (right <= left) in the padding."""
     left, top, right, bottom = padded_square(size, pad_to_square)
     row, column = divmod(index, grid[1])
     high, wide = (bottom - top) / grid[0], (right - left) / grid[1]

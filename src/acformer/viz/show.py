@@ -1,4 +1,4 @@
-"""One picture and its anchors, for a notebook: `show_anchors`."""
+"""One image and its anchors, for a notebook: `show_anchors`."""
 
 from typing import TYPE_CHECKING
 
@@ -24,34 +24,34 @@ def show_anchors(
     *,
     image_size: int = 336,
 ) -> "Figure":
-    """The picture, its anchors outlined, and the mean [CLS] attention, side by side: a matplotlib figure.
+    """The image, its anchors outlined, and the mean [CLS] attention, side by side: a matplotlib figure.
 
     Args:
         image: whatever `load_image` reads.
         encoder: a hub name, a folder, `embedded:dinov2-s14`, or one that `load_vision_encoder` made.
         num_anchors: how many patches to keep.
-        image_size: pixels a side that the encoder is fed; the picture is padded to a square, as LLaVA does.
+        image_size: pixels a side that the encoder is fed; the image is padded to a square, as LLaVA does.
 
     Raises:
-        ImageError: the picture cannot be read.
+        ImageError: the image cannot be read.
         CheckpointError: no such encoder.
         UsageError: see `find_anchors`.
     """
     from acformer.viz.drawing import Drawing  # matplotlib is slow to import
 
-    picture = load_image(image)
+    opened = load_image(image)
     loaded = load_vision_encoder(encoder) if isinstance(encoder, str) else encoder
     require_whole_patches(loaded.tower.config, image_size)
-    anchors = find_anchors(picture, loaded, square_image_processor(loaded.tower, image_size), num_anchors)
+    anchors = find_anchors(opened, loaded, square_image_processor(loaded.tower, image_size), num_anchors)
 
-    height = min(max(3.6 * picture.height / picture.width, 2.0), 6.0)
+    height = min(max(3.6 * opened.height / opened.width, 2.0), 6.0)
     figure = Drawing(figsize=(11, height + 0.35), layout="constrained")
     original, outlined, attention = figure.subplots(1, 3)
-    _panel(original, "picture").imshow(picture)
-    drawn = draw_anchors(picture, anchors.indices, anchors.grid, pad_to_square=True)
+    _panel(original, "image").imshow(opened)
+    drawn = draw_anchors(opened, anchors.indices, anchors.grid, pad_to_square=True)
     h, w = anchors.grid
     _panel(outlined, f"{len(anchors.indices)} anchors of {h * w} patches").imshow(drawn)
-    _draw_heat(_panel(attention, "[CLS] attention (√ of the heads' mean)"), picture, anchors.heat)
+    _draw_heat(_panel(attention, "[CLS] attention (√ of the heads' mean)"), opened, anchors.heat)
     return figure
 
 
@@ -61,13 +61,13 @@ def _panel(axes: "Axes", title: str) -> "Axes":
     return axes
 
 
-def _draw_heat(axes: "Axes", picture: Image.Image, heat: Tensor) -> None:
-    """The heat map over the picture in grey, cut off where the padding begins."""
-    axes.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255)
-    left, top, right, bottom = padded_square(picture.size, pad_to_square=True)
+def _draw_heat(axes: "Axes", image: Image.Image, heat: Tensor) -> None:
+    """The heat map over the image in grey, cut off where the padding begins."""
+    axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+    left, top, right, bottom = padded_square(image.size, pad_to_square=True)
     extent = (left - 0.5, right - 0.5, bottom - 0.5, top - 0.5)
     # The square root, or the few strongest patches would leave all others black.
     values = heat.float().sqrt().numpy()
     axes.imshow(values, cmap="inferno", extent=extent, alpha=0.8, interpolation="nearest")
-    axes.set_xlim(-0.5, picture.width - 0.5)
-    axes.set_ylim(picture.height - 0.5, -0.5)
+    axes.set_xlim(-0.5, image.width - 0.5)
+    axes.set_ylim(image.height - 0.5, -0.5)

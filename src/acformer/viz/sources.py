@@ -33,11 +33,7 @@ def token_sources(
     Raises:
         UsageError: a connector that does neither, such as a convolution.
     """
-    image = features._replace(
-        tokens=features.tokens[:1],
-        cls_attention=None if features.cls_attention is None else features.cls_attention[:1],
-        hidden_layers=None if features.hidden_layers is None else features.hidden_layers[:1],
-    )
+    image = features.rows([0])
     if isinstance(connector, QueryConnector) and connector.stack is not None:
         return _cross_attention(connector, image, num_tokens)
     if isinstance(connector, QueryConnector | MLPConnector):
@@ -59,7 +55,7 @@ def _cross_attention(connector: QueryConnector, features: VisionFeatures, num_to
             if isinstance(module, CrossAttention):
                 hooks.callback(module.register_forward_pre_hook(keep).remove)
         connector(features, num_tokens)
-    return torch.stack(weights).mean(dim=0)
+    return torch.stack(weights).mean(dim=0)  # (layers, T, L) -> (T, L)
 
 
 def attention_weights(
@@ -68,6 +64,7 @@ def attention_weights(
     """softmax(Q K^T / sqrt(d)) of eq. 4, which the fused kernel does not give, in float32."""
     query = attention.q_proj(attention.norm_queries(queries))
     key = attention.kv_proj(attention.norm_features(features)).chunk(2, dim=-1)[0]
+    # (B, T, D), (B, L, D) -> (B, H, T, d), (B, H, L, d)
     query, key = (x.float().unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (query, key))
     return (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)
 
