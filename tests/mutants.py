@@ -28,7 +28,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PRELOADED = ["torch", "transformers", "transformers.trainer", "accelerate", "peft", "scipy.stats"]
+PRELOADED = """
+    torch torch._dynamo transformers transformers.trainer accelerate peft scipy.stats beartype jaxtyping hypothesis PIL.Image
+    transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama transformers.models.llava
+    transformers.models.clip.modeling_clip
+""".split()
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 RAN = 10
 """Added to what pytest ends with: a process that fails before it ends with 1, too."""

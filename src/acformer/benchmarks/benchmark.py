@@ -132,10 +132,18 @@ def percent(sums: Sums) -> np.ndarray:
     return 100 * ratio(sums[..., 0], sums[..., 1])
 
 
-def mean_measure(points: Sequence[float], parts: Callable[[], dict[str, Any]], unparsed: Sequence[int] = ()) -> Measure:
-    """100 x the mean of the points."""
+def mean_measure(
+    points: Sequence[float],
+    parts: Callable[[], dict[str, Any]],
+    unparsed: Sequence[int] = (),
+    *,
+    weights: Sequence[float] | None = None,
+    units: Sequence[str] | None = None,
+) -> Measure:
+    """100 x the mean of the points, each with its weight (1 each by default)."""
     array = np.asarray(points, dtype=float)
-    return Measure(np.stack([array, np.ones(len(array))], axis=1), percent, array, parts, unparsed)
+    each = np.ones(len(array)) if weights is None else np.asarray(weights, dtype=float)
+    return Measure(np.stack([array * each, each], axis=1), percent, array, parts, unparsed, units)  # (questions, 2)
 
 
 def by_group(points: Sequence[float], groups: Sequence[str]) -> dict[str, float]:

@@ -13,17 +13,8 @@ from typing import Any
 import numpy as np
 
 from acformer.benchmarks.answers import Question
-from acformer.benchmarks.benchmark import (
-    LMMS_EVAL,
-    OPTION_LETTER,
-    Benchmark,
-    ByProtocol,
-    Measure,
-    Texts,
-    by_group,
-    percent,
-)
-from acformer.benchmarks.option_letters import letter_by_rules, likely_letter
+from acformer.benchmarks.benchmark import LMMS_EVAL, ByProtocol, Measure, Texts, by_group, mean_measure
+from acformer.benchmarks.option_letters import OptionLetter, letter_by_rules, likely_letter, no_letter
 from acformer.benchmarks.records import Folder, Record, expecting, plain_name, read_records
 from acformer.errors import DataError
 
@@ -33,13 +24,11 @@ OPTION_LETTER_CHINESE = "\n请直接回答选项字母。"
 NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
-class MMBench(Benchmark):
+class MMBench(OptionLetter):
     """Circular evaluation of options."""
 
     name, column = "mmbench", "MMB"
     metric = "right in every rotation of the options, %"
-    suffix = OPTION_LETTER
-    max_new_tokens = 1024
     protocols = ByProtocol(
         llava="what MMBench's rules find; where they find none its server asks ChatGPT, and here it is wrong",
         official="as llava, which leaves it to the server",
@@ -64,11 +53,10 @@ class MMBench(Benchmark):
         circles = [question.group for question in questions]
         sizes = Counter(circles)
         wrong = {circle for circle, is_right in zip(circles, right, strict=True) if not is_right}
-        points = np.array([float(circle not in wrong) for circle in circles])
-        shares = np.array([1 / sizes[circle] for circle in circles])
-        counts = np.stack([points * shares, shares], axis=1)
-        unparsed = [place for place, letter in enumerate(found) if letter is None]
-        return Measure(counts, percent, points, lambda: _parts(questions, right, points), unparsed, circles)
+        points = [float(circle not in wrong) for circle in circles]
+        shares = [1 / sizes[circle] for circle in circles]
+        parts = partial(_parts, questions, right, points)
+        return mean_measure(points, parts, no_letter(found), weights=shares, units=circles)
 
     def submission(self, folder: Folder, questions: Sequence[Question], texts: Texts) -> list[list[Any]]:
         """The table without what the server knows, with the column `prediction` where LLaVA puts it."""
@@ -123,12 +111,12 @@ def _letter(question: Question, text: str | None, protocol: str) -> str | None:
     return letter
 
 
-def _parts(questions: Sequence[Question], right: Sequence[bool], points: np.ndarray) -> dict[str, Any]:
+def _parts(questions: Sequence[Question], right: Sequence[bool], points: Sequence[float]) -> dict[str, Any]:
     """One round: the questions as they are asked first. Categories: circular, where the table has them."""
     first = [place for place, question in enumerate(questions) if int(question.id) < ROTATION]
     parts: dict[str, Any] = {
         "one_round": 100 * sum(right[place] for place in first) / max(1, len(first)),
-        "circular": 100 * float(np.mean(points[first])) if first else 0.0,
+        "circular": 100 * float(np.mean([points[place] for place in first])) if first else 0.0,
     }
     for name, category in (("categories", lambda one: one.category), ("l2_categories", lambda one: one.extra["l2"])):
         groups = [category(questions[place]) for place in first]

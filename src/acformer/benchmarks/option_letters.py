@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from acformer.benchmarks.benchmark import OPTION_LETTER, Benchmark
+
 LETTERS = "ABCDE"
 WRAPPINGS = (
     ("", "."),
@@ -24,6 +26,18 @@ PHRASES = (
     *(f"{start}choice is" for start in ("the ", "", "the correct ", "correct ", "my ")),
     *("i choose", "i select", "i pick", "옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )
+
+
+class OptionLetter(Benchmark):
+    """One of the options by its letter; models that explain themselves first are given room for it, as LLaVA does."""
+
+    suffix = OPTION_LETTER
+    max_new_tokens = 1024
+
+
+def no_letter(found: Sequence[str | None]) -> list[int]:
+    """The places of answers in which no letter was found."""
+    return [place for place, letter in enumerate(found) if letter is None]
 
 
 def letter_by_rules(answer: str, options: Mapping[str, str]) -> str | None:

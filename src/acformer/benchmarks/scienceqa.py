@@ -5,33 +5,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from acformer.benchmarks.answers import Answer, Question
-from acformer.benchmarks.benchmark import (
-    LMMS_EVAL,
-    OPTION_LETTER,
-    Benchmark,
-    ByProtocol,
-    Measure,
-    Texts,
-    by_group,
-    percent,
-)
+from acformer.benchmarks.benchmark import LMMS_EVAL, ByProtocol, Measure, Texts, by_group, mean_measure
+from acformer.benchmarks.option_letters import LETTERS, OptionLetter, no_letter
 from acformer.benchmarks.records import Folder, Record, expecting, read_json, read_records
 
-LETTERS = "ABCDE"
 SENTENCE = re.compile(r"The answer is ([A-Z]).")
 """As in the published script, where the full stop is any character: there must be one."""
 
 
-class ScienceQA(Benchmark):
+class ScienceQA(OptionLetter):
     """Accuracy over the questions with an image; of the others in parts."""
 
     name, column = "scienceqa", "SQA-img"
     metric = "accuracy over questions with an image, %"
-    suffix = OPTION_LETTER
-    max_new_tokens = 1024
     protocols = ByProtocol(
         llava="a letter alone, or `X. ` at the start, or `The answer is X.` just once; anything else is wrong",
         official="as llava, which extends its script; that guesses where it finds no letter",
@@ -59,11 +46,8 @@ class ScienceQA(Benchmark):
         parse = _lmms_eval_letter if protocol == LMMS_EVAL else _letter
         found = [parse(text or "") for text in texts]
         points = [float(one == question.answers[0]) for one, question in zip(found, questions, strict=True)]
-        right = np.array(points)
-        has_image = np.array([float(bool(question.image)) for question in questions])
-        unparsed = [place for place, letter in enumerate(found) if letter is None]
-        counts = np.stack([right * has_image, has_image], axis=1)
-        return Measure(counts, percent, right, partial(_parts, questions, points), unparsed)
+        has_image = [float(bool(question.image)) for question in questions]
+        return mean_measure(points, partial(_parts, questions, points), no_letter(found), weights=has_image)
 
 
 def _question(record: Record, subjects: dict[str, str], suffix: str) -> Question:
