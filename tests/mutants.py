@@ -28,11 +28,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PRELOADED = """
-    torch torch._dynamo transformers transformers.trainer accelerate peft scipy.stats beartype jaxtyping hypothesis PIL.Image
-    transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama transformers.models.llava
-    transformers.models.clip.modeling_clip
-""".split()
+PRELOADED = [
+    *("torch", "torch._dynamo", "transformers.trainer", "accelerate", "peft", "scipy.stats", "PIL.Image"),
+    *("beartype", "jaxtyping", "hypothesis"),
+    *(f"transformers.models.{name}" for name in ("auto.modeling_auto", "clip.modeling_clip", "llama.modeling_llama")),
+]
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 RAN = 10
 """Added to what pytest ends with: a process that fails before it ends with 1, too."""

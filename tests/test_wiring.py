@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 
 import pytest
@@ -9,18 +10,24 @@ import tiny
 import torch
 from PIL import Image
 from test_train import changed, data, recipe, weights  # noqa: F401 (fixtures)
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, TrainingArguments
 
 from acformer.data.collate import ConversationDataset
 from acformer.data.datasets import DATASETS, Dataset
 from acformer.data.lengths import grouped_by_length
+from acformer.data.mixture import MixtureSampler
 from acformer.data.samples import Sample
 from acformer.errors import DataError
+from acformer.evaluate.families import Reply
+from acformer.evaluate.report import as_reply, evaluate, score_replies
 from acformer.hf.build import square_image_processor
 from acformer.lab.paper import RECIPE
 from acformer.training.arguments import training_arguments
+from acformer.training.elastic import ElasticBudget
+from acformer.training.learner import as_it_learns
 from acformer.training.recipe import load_recipe
-from acformer.training.stages import train
+from acformer.training.run_folder import samples_a_step
+from acformer.training.stages import recipe_texts, stage_samples, train
 from acformer.training.trainer import AcFormerTrainer
 
 ONE = ["stage=finetune", "pretrain=null"]
@@ -133,6 +140,26 @@ def test_each_module_that_is_named_learns_and_no_other(recipe, tmp_path):  # noq
         assert not moved & ({"vision_tower", "connector", "language_model"} - {module})
 
 
+def test_each_module_learns_at_its_own_rate(recipe, batches):  # noqa: F811
+    train(recipe(*ONE), progress=False)
+    groups = batches[0]["trainer"].optimizer.param_groups
+    assert [group["initial_lr"] for group in groups] == [0.01, 0.002]
+    connector = {id(p) for p in batches[0]["trainer"].model.model.connector.parameters()}
+    assert {id(p) for p in groups[0]["params"]} == connector
+
+
+def test_logits_are_made_of_what_is_learnt_alone(recipe, batches, monkeypatch):  # noqa: F811
+    rows, forward = [], torch.nn.Linear.forward
+
+    def watched(self, x):
+        rows.append(x.shape[:-1]) if self.out_features > 250 else None  # the head
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    train(recipe(*ONE), progress=False)
+    assert rows == [(1, int((batch["labels"][:, 1:] != -100).sum())) for batch in batches]
+
+
 def test_a_group_stands_in_one_batch_and_its_image_is_there_once(recipe, data, batches):  # noqa: F811
     records = json.loads((data / "questions.json").read_text())
     twice = [{**record, "id": f"{record['id']}-{n}"} for n in range(2) for record in records]
@@ -166,6 +193,62 @@ def test_a_step_of_several_batches_is_of_like_length(recipe, data, batches):  # 
     assert batches[0]["trainer"].get_train_dataloader().batch_sampler.sampler.rows == 4
 
 
+def test_a_step_of_several_processes_is_of_like_length(recipe, batches, monkeypatch):  # noqa: F811
+    train(recipe(*ONE, "finetune.training.train_sampling_strategy=group_by_length"), progress=False)
+    trainer = batches[0]["trainer"]
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    assert trainer._get_train_sampler().rows == 12
+    assert samples_a_step({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 3) == 24
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_mixture_is_in_the_order_of_seed_and_epoch(recipe, data, batches, strategy):  # noqa: F811
+    mixed = f"finetune.data=[{data}/questions.json, {{path: {data}/captions.jsonl, weight: 0.5}}]"
+    own = ["seed=3", "finetune.training.max_steps=10", f"finetune.training.train_sampling_strategy={strategy}"]
+    train(recipe(*ONE, mixed, *own), progress=False)
+    dataset = batches[0]["trainer"].train_dataset
+    lengths = dataset.lengths() if strategy == "group_by_length" else None
+    order = [
+        place for epoch in range(2) for place in MixtureSampler([12, 12], [1.0, 0.5], 3, lambda e=epoch: e, lengths, 4)
+    ]
+    assert [name for batch in batches for name in batch["sample_ids"]] == [str(place % 12) for place in order]
+    assert any(place >= 12 for place in order[:18])
+
+
+def test_a_range_of_tokens_is_drawn_from_by_the_seed(recipe, batches):  # noqa: F811
+    train(recipe(*ONE, "finetune.elastic=[2, 17]", "seed=3", "finetune.training.max_steps=6"), progress=False)
+    budget = ElasticBudget(tuple(range(2, 18)), 3, None)
+    assert [batch["num_visual_tokens"] for batch in batches] == [budget.sample(step) for step in range(6)]
+
+
+def test_what_is_drawn_while_training_goes_on_after_a_resume(recipe, tmp_path):  # noqa: F811
+    drawn = ["model.connector_kwargs.stochastic_anchors=true", "finetune.training.save_strategy=steps"]
+    drawn += ["finetune.training.save_steps=1", "finetune.training.max_steps=4"]
+    whole = weights(train(recipe(*ONE, *drawn, f"output_dir={tmp_path}/whole"), progress=False))
+    stopped = train(recipe(*ONE, *drawn, f"output_dir={tmp_path}/stopped"), progress=False)
+    for name in ("model", "checkpoint-4", "checkpoint-3"):
+        (stopped.parent / name / "model.safetensors").unlink()
+    assert (
+        changed(whole, weights(train(recipe(*ONE, *drawn, f"output_dir={tmp_path}/stopped"), progress=False))) == set()
+    )
+
+
+def test_adapters_start_by_the_seed_alone(recipe, tmp_path):  # noqa: F811
+    pytest.importorskip("peft")
+    spec = recipe(*ONE, "finetune.lora={r: 4}").finetune
+
+    def adapters(seed: int, drawn_before: int) -> dict:
+        model = tiny.model()
+        torch.rand(drawn_before)
+        as_it_learns(model, spec, training_arguments(spec, tmp_path, seed, progress=False), None)
+        return {name: value for name, value in model.state_dict().items() if "lora_A" in name}
+
+    first, again, other = adapters(1, 0), adapters(1, 7), adapters(2, 0)
+    assert first
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not any(torch.equal(value, other[name]) for name, value in first.items())
+
+
 def test_the_loss_of_accumulated_batches_is_that_of_one(recipe, tmp_path):  # noqa: F811
     def losses(folder: str, *settings: str) -> list[float]:
         overrides = [f"finetune.training.{key}" for key in (*settings, "train_sampling_strategy=sequential")]
@@ -184,6 +267,53 @@ def test_what_a_stage_says_of_its_data_arrives(recipe, batches, key, length):  #
     assert len(dataset) == length
     text = dataset.processor.tokenizer.decode(batches[0]["input_ids"][0])
     assert ("ASSISTANT" in text) is (key == "max_samples")
+
+
+def test_images_are_looked_for_where_the_stage_says(recipe, data, tmp_path, batches):  # noqa: F811
+    shutil.copy(data / "questions.json", tmp_path / "elsewhere.json")
+    own = [f"finetune.data={tmp_path}/elsewhere.json", f"finetune.image_root={data}"]
+    train(recipe(*ONE, *own), progress=False)
+    assert len(batches[0]["trainer"].train_dataset) == 12
+
+
+def test_a_batch_of_damaged_images_alone_does_not_end_the_run(recipe, data, tmp_path, batches):  # noqa: F811
+    shutil.copytree(data, own := tmp_path / "own")
+    (own / "3.png").write_bytes(b"no image")
+    one = ["finetune.training.per_device_train_batch_size=1", "finetune.training.max_steps=12"]
+    train(recipe(*ONE, *one, f"finetune.data={own}/questions.json", "finetune.max_bad_fraction=0.2"), progress=False)
+    names = [name for batch in batches for name in batch["sample_ids"]]
+    assert sorted(names, key=int) == sorted(["0", *(str(number) for number in range(12) if number != 3)], key=int)
+
+
+def test_a_new_tokenizer_learns_from_all_that_all_stages_say(recipe):  # noqa: F811
+    texts = set(recipe_texts(recipe("finetune.max_samples=1", "stage=finetune")))
+    assert {"Which colour?", "red", "green", "blue", "all red", "all blue"} <= {text.strip() for text in texts}
+
+
+def test_the_order_of_a_stream_is_that_of_the_seed(recipe, tmp_path, monkeypatch):  # noqa: F811
+    seen = {}
+
+    def stream(entries, **options):
+        seen.update(options)
+        raise DataError("seen")
+
+    monkeypatch.setattr("acformer.data.datasets.Stream", stream)
+    spec = recipe(*ONE, "finetune.data={path: a/b, streaming: true}").finetune
+    with pytest.raises(DataError, match="seen"):
+        stage_samples(spec, tmp_path, seed=7)
+    assert seen == {"num_rows": 12, "seed": 7}
+
+
+@pytest.mark.parametrize("connector", ["token_packer", "downsample"])
+def test_cached_features_are_what_the_connector_reads(recipe, tmp_path, connector):  # noqa: F811
+    own = {"token_packer": "{hidden_layers: [1], scale: 2, num_heads: 2}", "downsample": "{num_tokens: 4}"}[connector]
+    chosen = [f"model.connector={connector}", f"model.connector_kwargs={own}"]
+
+    def losses(cache: str) -> list[float]:
+        made = train(recipe(*ONE, *chosen, f"cache_features={cache}", f"output_dir={tmp_path}/{cache}"), progress=False)
+        return [entry["loss"] for entry in log_of(made) if "loss" in entry]
+
+    assert losses("true") == pytest.approx(losses("false"), rel=2e-2)
 
 
 def test_a_sample_that_is_too_long_for_the_stage_is_left_out(recipe):  # noqa: F811
@@ -238,12 +368,136 @@ class Redder(Dataset):
 
 
 def test_blind_answers_are_not_learnt_from_the_tests_answers(tmp_path, monkeypatch):
-    from acformer.evaluate.report import evaluate
-
     monkeypatch.setitem(DATASETS, "redder", Redder())
     scores = evaluate((tiny.model(), tiny.processor()), "redder:test", tmp_path, max_new_tokens=2, progress=False)
     assert scores["blind_accuracy"] == 0
     assert scores["num_questions"] == 4
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Four questions about two images, which lie in another folder than the file."""
+    (tmp_path / "images").mkdir()
+    records = []
+    for number in range(4):
+        tiny.picture(number // 2).save(tmp_path / f"images/{number // 2}.png")
+        turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "yes"}]
+        records.append(
+            {"id": str(number), "image": f"{number // 2}.png", "conversations": turns, "kind": "exist-random"}
+        )
+    (tmp_path / "asked.json").write_text(json.dumps(records))
+    return tmp_path / "asked.json"
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """What `answer` was called with; every answer is yes."""
+    calls = []
+
+    def answer(model, processor, samples, **options):
+        calls.append({"samples": samples, **options})
+        yield from ["yes"] * len(samples)
+
+    monkeypatch.setattr("acformer.evaluate.report.answer", answer)
+    return calls
+
+
+def test_what_is_asked_of_an_evaluation_reaches_the_answers(asked, answered, tmp_path):
+    options = {"features": lambda path: {}, "num_visual_tokens": 3, "batch_size": 2, "max_new_tokens": 5}
+    parts = tiny.model(), tiny.processor()
+    scores = evaluate(parts, str(asked), tmp_path, image_root=tmp_path / "images", limit=3, progress=False, **options)
+    (call,) = answered
+    assert [sample.id for sample in call.pop("samples")] == ["0", "1", "2"]
+    assert call == {**options, "progress": False}
+    assert (scores["num_questions"], scores["num_images"], scores["num_image_tokens"]) == (3, 2, 3)
+    assert scores["accuracy_by_kind"] == {"exist-random": 1.0}
+
+
+def test_answers_of_another_model_or_to_other_questions_are_not_gone_on_from(asked, tmp_path, monkeypatch):
+    found = []
+
+    def resumed(path, settings, answers):
+        found.append(settings)
+        yield from ["yes"] * 4
+
+    monkeypatch.setattr("acformer.evaluate.report.resumed", resumed)
+    model, processor = tiny.model(), tiny.processor()
+
+    def settings(**options) -> None:
+        evaluate((model, processor), str(asked), tmp_path, image_root=tmp_path / "images", progress=False, **options)
+
+    settings()
+    settings(num_visual_tokens=3)
+    settings(max_new_tokens=3)
+    with torch.no_grad():
+        next(model.model.connector.parameters()).add_(1)
+    settings()
+    processor.chat_template += "{# another #}"
+    settings()
+    asked.write_text(asked.read_text().replace("what?", "which?"))
+    settings()
+    assert all(one != other for number, one in enumerate(found) for other in found[:number])
+
+
+def test_questions_about_one_image_stand_or_fall_together():
+    replies = [Reply(str(n), f"{n // 5}.png", None, "?", "yes", "yes" if n < 10 else "no") for n in range(20)]
+    apart = [Reply(reply.id, reply.id, *list(vars(reply).values())[2:6]) for reply in replies]
+    together, alone = (score_replies("x.json", given)["interval"] for given in (replies, apart))
+    assert together[1] - together[0] > 1.5 * (alone[1] - alone[0])
+    said = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"})
+    first, second = (as_reply(Sample(name, said, ("a.png",), answer="yes")) for name in "ab")
+    assert first.image == second.image
+
+
+# The commands
+
+
+def test_what_the_command_says_reaches_the_evaluation(asked, tmp_path, monkeypatch):
+    from acformer.cli import main
+
+    seen = {}
+
+    def evaluated(parts, data, out, **options):  # noqa: F811
+        seen.update(options, data=data, out=out)
+        return {"data": data, "accuracy": 1.0, "num_questions": 1}
+
+    monkeypatch.setattr("acformer.evaluate.report.evaluate", evaluated)
+    monkeypatch.setattr("acformer.commands.evaluate.load", lambda arguments: None)
+    given = [
+        "--limit",
+        "3",
+        "--tokens",
+        "9",
+        "--batch-size",
+        "2",
+        "--max-new-tokens",
+        "5",
+        "--root",
+        "images",
+        "--out",
+        "o",
+    ]
+    assert main(["eval", "a/model", "--data", "a.json", "--quiet", *given]) == 0
+    assert {key: str(value) for key, value in seen.items()} == {
+        "data": "a.json",
+        "out": "o",
+        "image_root": "images",
+        "limit": "3",
+        "num_visual_tokens": "9",
+        "batch_size": "2",
+        "max_new_tokens": "5",
+        "progress": "False",
+    }
+
+
+def test_what_the_command_says_reaches_the_run(tmp_path, monkeypatch):
+    from acformer.cli import main
+
+    seen = []
+    monkeypatch.setattr("acformer.training.stages.train", lambda recipe, *, progress: seen.append((recipe, progress)))
+    assert main(["train", "tiny", "seed=7", f"output_dir={tmp_path}", "--quiet"]) == 0
+    ((recipe, progress),) = seen  # noqa: F811
+    assert (recipe.seed, recipe.output, progress) == (7, tmp_path, False)
 
 
 # The data set
