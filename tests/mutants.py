@@ -4,8 +4,9 @@
     python tests/mutants.py --only elastic     those whose file, texts or tests hold the word
     python tests/mutants.py --again            survivors once more, after a test was written
 
-The changes are made in a copy of the package; the tests are those of this folder. A mutant dies when a test fails, or
-when its tests do not end. One that breaks nothing says why (`equivalent`) and is not run.
+The changes are made in a copy of the package; the tests are those of this folder. A mutant dies when a test fails; of
+one whose tests take longer than `--timeout` nothing is known. One that breaks nothing says why (`equivalent`) and is
+not run.
 
 torch, transformers and PEFT are loaded once, in a server from which a process is forked for every mutant.
 """
@@ -84,7 +85,7 @@ def run_tests(package: str, arguments: list[str], log: str) -> None:
 
 
 def outcome(mutant: Mutant, package: Path, seconds: float) -> str:
-    """`died`, `survived`, or why neither can be said; the file is as it was afterwards."""
+    """`died`, `survived`, or why neither can be said; the file is afterwards as it was."""
     path, log = package / "acformer" / mutant.file, package / "log.txt"
     source = path.read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
@@ -99,7 +100,7 @@ def outcome(mutant: Mutant, package: Path, seconds: float) -> str:
         if process.is_alive():
             process.kill()
             process.join()
-            return "died"
+            return "not ended"
     finally:
         path.write_text(source, encoding="utf-8")
     said = {RAN + pytest.ExitCode.OK: "survived", RAN + pytest.ExitCode.TESTS_FAILED: "died"}.get(process.exitcode)
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a word of the mutants to run")
     parser.add_argument("--again", action="store_true", help="also what has survived before")
     parser.add_argument("--results", type=Path, default=HERE / "mutants-results.json")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds, after which a mutant counts as dead")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds a mutant")
     options = parser.parse_args()
     multiprocessing.set_forkserver_preload(PRELOADED)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,7 +20,7 @@ from acformer.data.samples import Sample
 from acformer.errors import DataError
 from acformer.evaluate.families import Reply
 from acformer.evaluate.report import as_reply, evaluate, score_replies
-from acformer.hf.build import square_image_processor
+from acformer.hf.build import build_model, square_image_processor
 from acformer.lab.paper import RECIPE
 from acformer.training.arguments import training_arguments
 from acformer.training.elastic import ElasticBudget
@@ -348,6 +348,44 @@ def test_nothing_of_an_image_that_is_not_square_is_cut_off(tmp_path, size):
     assert middle[0, -1] < middle[2, -1], "blue at the other"
     margin = pixels[:, 0] if wide else pixels[:, :, 0]
     assert torch.allclose(margin, torch.zeros(()), atol=0.05), "the mean colour beside it"
+
+
+# The model
+
+
+def test_what_is_said_of_parts_reaches_the_model(data, tmp_path):  # noqa: F811
+    shutil.copytree(data / "vision", tmp_path / "vision")
+    own = json.loads((tmp_path / "vision/preprocessor_config.json").read_text())
+    own.update(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    (tmp_path / "vision/preprocessor_config.json").write_text(json.dumps(own))
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    given = {
+        "connector_kwargs": {"num_anchors": 3, "depth": 1, "num_heads": 2, "head_dim": 8},
+        "fusion": "gated_cross_attention",
+        "fusion_kwargs": {"every": 2, "num_heads": 2, "head_dim": 8},
+        "feature_layer": -1,
+        "image_size": 24,
+    }
+    model, processor = build_model(
+        str(tmp_path / "vision"), text, **given, dtype="bfloat16", template="bare", texts=["a"]
+    )
+    assert {key: getattr(model.config, key) for key in given} == given
+    assert model.dtype == torch.bfloat16
+    assert len(model.model.vision_tower.encoder.layers) == 2
+    assert len(model.model.fusion.blocks) == 1
+    images = processor.image_processor
+    assert [*images.image_mean, *images.image_std] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert images.crop_size["height"] == 24
+    assert (processor.num_placeholders, processor.fusion) == (1, "gated_cross_attention")
+    assert "A:" in processor.chat_template
+
+
+def test_scores_keep_their_dtype_in_a_model_of_half_precision():
+    model = tiny.model().to(torch.bfloat16).model
+    given = {"tokens": torch.zeros(1, 17, 32), "cls_attention": torch.rand(1, 4, 16)}
+    features = model.as_features(given)
+    assert features.tokens.dtype == torch.bfloat16
+    assert torch.equal(features.cls_attention, given["cls_attention"])
 
 
 # The evaluation
