@@ -27,7 +27,7 @@ from acformer.training.elastic import ElasticBudget
 from acformer.training.learner import as_it_learns
 from acformer.training.recipe import load_recipe
 from acformer.training.run_folder import samples_a_step
-from acformer.training.stages import recipe_texts, stage_samples, train
+from acformer.training.stages import first_model, recipe_texts, stage_samples, train
 from acformer.training.trainer import AcFormerTrainer
 
 ONE = ["stage=finetune", "pretrain=null"]
@@ -290,6 +290,15 @@ def test_a_new_tokenizer_learns_from_all_that_all_stages_say(recipe):  # noqa: F
     assert {"Which colour?", "red", "green", "blue", "all red", "all blue"} <= {text.strip() for text in texts}
 
 
+def test_a_tokenizer_is_that_of_a_checkpoint_without_whole_weights(recipe, tmp_path):  # noqa: F811
+    chosen = recipe(*ONE)
+    processor = tiny.processor()
+    processor.save_pretrained(tmp_path / "checkpoint")
+    _, found = first_model(chosen, "finetune", tmp_path / "checkpoint")
+    assert found.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert found.tokenizer.get_vocab() != first_model(chosen, "finetune", None)[1].tokenizer.get_vocab()
+
+
 def test_the_order_of_a_stream_is_that_of_the_seed(recipe, tmp_path, monkeypatch):  # noqa: F811
     seen = {}
 
@@ -308,6 +317,7 @@ def test_the_order_of_a_stream_is_that_of_the_seed(recipe, tmp_path, monkeypatch
 def test_cached_features_are_what_the_connector_reads(recipe, tmp_path, connector):  # noqa: F811
     own = {"token_packer": "{hidden_layers: [1], scale: 2, num_heads: 2}", "downsample": "{num_tokens: 4}"}[connector]
     chosen = [f"model.connector={connector}", f"model.connector_kwargs={own}"]
+    train(recipe(*ONE, "cache_features=true", f"output_dir={tmp_path}/another"), progress=False)  # fills the cache
 
     def losses(cache: str) -> list[float]:
         made = train(recipe(*ONE, *chosen, f"cache_features={cache}", f"output_dir={tmp_path}/{cache}"), progress=False)
