@@ -85,7 +85,7 @@ def test_images_and_lengths_are_counted_without_parsing(tmp_path, monkeypatch):
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same?"}]
     records.append({"images": ["a.png", "b.png"], "messages": [{"role": "user", "content": parts}]})
     (tmp_path / "data.json").write_text(json.dumps(records, indent=2))
-    monkeypatch.setattr(json_files.StrictDecoder, "next", None)
+    monkeypatch.setattr(json_files.StrictDecoder, "first_value", None)
     samples = open_samples(str(tmp_path / "data.json"))
     lengths = samples.lengths(1000)
     assert (lengths // 1000).tolist() == [1, 0, 0, 2]

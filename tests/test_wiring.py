@@ -101,6 +101,14 @@ def test_every_default_of_ours_is_in_the_arguments(tmp_path):
     assert (args.remove_unused_columns, args.logging_nan_inf_filter) == (False, False)
     assert args.learning_rate == max(spec.learning_rates.values())
     assert training_arguments(spec, tmp_path, 5, progress=True).disable_tqdm is False
+    spec.training = {
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "disable_tqdm": False,
+    }
+    args = training_arguments(spec, tmp_path, 5, progress=False)
+    assert {key: getattr(args, key) for key in spec.training} == spec.training, "a recipe's own go before"
 
 
 # The trainer

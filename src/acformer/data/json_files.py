@@ -50,12 +50,7 @@ class JsonFile(Records):
             text = content.decode("utf-8-sig" if start == 0 else "utf-8")
         except UnicodeDecodeError:
             raise DataError("not UTF-8") from None
-        value, end = self.decoder.next(text, 0)
-        if isinstance(value, DataError):
-            raise value
-        if end != len(text):
-            raise DataError("not JSON: a line holds one value")
-        return value
+        return self.decoder.only_value(text, "a line")
 
     def where(self, index: int) -> tuple[str, int]:
         """The file, and the number of the element or line."""
@@ -102,7 +97,7 @@ class JsonFile(Records):
             return False
         try:
             text = self._read(0, size).decode("utf-8-sig")
-            return self.decoder.next(text, 0)[1] == len(text)
+            return self.decoder.first_value(text)[1] == len(text)
         except (UnicodeDecodeError, DataError):
             return False
 
@@ -134,11 +129,20 @@ class StrictDecoder(json.JSONDecoder):
             self.faults.append(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
         return record
 
-    def next(self, text: str, start: int) -> tuple[Any, int]:
-        """The value at `start` (a `DataError` in its place if faulty) and the position of what follows it."""
+    def only_value(self, text: str, where: str) -> Any:
+        """The value that a text holds; `DataError` if it is faulty, or not the only one."""
+        value, end = self.first_value(text)
+        if isinstance(value, DataError):
+            raise value
+        if end != len(text):
+            raise DataError(f"not JSON: {where} holds more than one value")
+        return value
+
+    def first_value(self, text: str) -> tuple[Any, int]:
+        """The value at the start (a `DataError` in its place if faulty) and the position of what follows it."""
         self.faults.clear()
         try:
-            value, end = self.raw_decode(text, _skip_space(text, start))
+            value, end = self.raw_decode(text, _skip_space(text, 0))
         except RecursionError:
             raise DataError("not JSON that can be read: nested too deeply") from None
         except ValueError as error:

@@ -103,13 +103,7 @@ class Shard(Records):
         return {"id": _key(first), "messages": turns, "images": images}
 
     def _parsed(self, member: StoredImage) -> Any:
-        text = _text(member)
-        value, end = self.decoder.next(text, 0)
-        if isinstance(value, DataError):
-            raise value
-        if end != len(text):
-            raise DataError(f"not JSON: {member.name} holds more than one value")
-        return value
+        return self.decoder.only_value(_text(member), member.name)
 
 
 def shard_files(path: Path) -> list[Path]:

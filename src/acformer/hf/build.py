@@ -30,6 +30,7 @@ from acformer.errors import CheckpointError, UsageError, translated, unknown_nam
 from acformer.fetch.embedded import resolve
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.connector_weights import FILE, NEW_MODULES, Parts, load_connector
+from acformer.hf.convert import with_new_modules
 from acformer.hf.head import LanguageModelHead
 from acformer.hf.processing_acformer import IMAGE_TOKEN
 from acformer.hf.public_names import public_name
@@ -157,20 +158,7 @@ def assemble(
     weights = {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
     head = LanguageModelHead(language_model)
     weights |= {head.renamed(name): value for name, value in language_model.state_dict().items()}
-    model, report = AcFormerForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=weights,
-        dtype=config.dtype,
-        strict=False,
-        output_loading_info=True,
-        **placement(),
-    )
-    wrong = {key for key in report["missing_keys"] if not key.startswith(NEW_MODULES)}
-    wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
-    if wrong:
-        raise CheckpointError(f"the parts do not fit together: {len(wrong)} weights, first {min(wrong)}")
-    return model
+    return with_new_modules(config, weights, NEW_MODULES, "the parts do not fit together")
 
 
 def parse_dtype(name: str) -> torch.dtype:

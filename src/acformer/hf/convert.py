@@ -15,9 +15,11 @@ from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import Projector
 from acformer.errors import CheckpointError, UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
+from acformer.hf.configuration_acformer import FIELD_TYPES
 from acformer.untrusted import read_weights
 from acformer.vision.encoder import num_blocks
 from acformer.vision.families import ENCODERS, encoder_family, num_prefix_tokens
+from acformer.vision.load import placement
 
 LLAVA_NAMES = {
     "model.multi_modal_projector.linear_1.": "model.connector.projector.0.",
@@ -63,19 +65,8 @@ def swap_connector(
     Returns:
         The model, and whether the trained projector was kept.
     """
-    old_config = copy.deepcopy(model.config)
-    config = AcFormerConfig(
-        vision_config=old_config.vision_config,
-        text_config=old_config.text_config,
-        connector=connector,
-        connector_kwargs=options,
-        fusion=old_config.fusion,
-        fusion_kwargs=old_config.fusion_kwargs,
-        feature_layer=old_config.feature_layer,
-        image_size=old_config.image_size,
-        image_token_id=old_config.image_token_id,
-        dtype=model.dtype,
-    )
+    kept = copy.deepcopy({name: getattr(model.config, name) for name in (*FIELD_TYPES, "image_token_id")})
+    config = AcFormerConfig(**{**kept, "connector": connector, "connector_kwargs": options}, dtype=model.dtype)
     with torch.device("meta"):
         wanted = _projector(build_connector(connector, config.geometry, **config.connector_kwargs))
     old = _projector(model.model.connector)
@@ -84,15 +75,33 @@ def swap_connector(
     weights |= {f"model.connector.projector.{name}": weight for name, weight in old.items()} if is_kept else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new, report = AcFormerForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=weights, dtype=model.dtype, strict=False, output_loading_info=True
-        )
-    wrong = {key for key in report["missing_keys"] if not key.startswith("model.connector.")}
-    wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
-    if wrong:
-        raise CheckpointError(f"{len(wrong)} weights do not fit the model with another connector, first: {min(wrong)}")
+        new = with_new_modules(config, weights, "model.connector.", "the model with another connector does not fit")
     new.generation_config = copy.deepcopy(model.generation_config)
     return new, is_kept
+
+
+def with_new_modules(
+    config: AcFormerConfig, weights: dict[str, Tensor], new: str | tuple[str, ...], problem: str
+) -> AcFormerForConditionalGeneration:
+    """The model with these weights; of those whose names begin with `new` any may be missing, and start anew.
+
+    Raises:
+        CheckpointError: any other that is missing, unexpected or of another shape; `problem` is what it says first.
+    """
+    model, report = AcFormerForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=config.dtype,
+        strict=False,
+        output_loading_info=True,
+        **placement(),
+    )
+    wrong = {key for key in report["missing_keys"] if not key.startswith(new)}
+    wrong |= set(report["unexpected_keys"]) | {str(key) for key in report["mismatched_keys"]}
+    if wrong:
+        raise CheckpointError(f"{problem}: {len(wrong)} weights, first {min(wrong)}")
+    return model
 
 
 def _projector(connector: Connector) -> dict[str, Tensor]:

@@ -56,8 +56,6 @@ ENCODER = {
 # Sec. 3.3: the stack that the queries pass through; on its feed-forward width, text and release differ.
 STACK = {"depth": 6, "num_heads": 8, "head_dim": 64}
 FEED_FORWARD_WIDTH = {"text": 2048, "release": 4096}
-# E, the width of Vicuna-7B.
-TEXT_HIDDEN_SIZE = 4096
 
 # Sec. 4.1: LLaVA-1.5's recipe with one change, the learning rate of stage 1.
 RECIPE = {
@@ -80,8 +78,6 @@ RECIPE = {
         template="vicuna_v1",
     ),
 }
-# The scaled run with OpenLLaMA-3B (Table 5): samples in stage 1, then in stage 2 by data set.
-SCALED_RUN = {"pretrain": 60_000_000, "llava-665k": 665_000, "cauldron": 1_800_000}
 
 # Tables 1 and 2, 336 px: (language model, connector, tokens). `speed`: of pre-training, LLaVA-1.5's being 1.
 TABLES_1_2: dict[tuple[str, str, int], Scores] = _table(
@@ -174,18 +170,13 @@ METRICS = {
 }
 
 # Fig. 1: the mean of three benchmarks against the time of a step. An image, so no values of its own.
-FIGURE1_BENCHMARKS = ("MMB", "TextVQA", "GQA")
 FIGURE1_TOKENS = (65, 145, 257, 577)
 
-# Fig. 2: depths at which patch features are drawn, 0 being the patch embedding.
-FIGURE2_LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 23, 24)
 # Sec. 3.2: up to so many per cent of the activated tokens are salient in the [CLS] attention too. What counts
 # as activated or salient is not said.
 OVERLAP = 69.38
-OVERLAP_IMAGES = 500
 
 # Not in the paper: TokenPacker (IJCV 2025), its authors' table. LLaVA-1.5's data, Vicuna-7B, mean of six.
-TOKENPACKER_BENCHMARKS = ("MMB", "MM-Vet", "VQAv2", "GQA", "POPE", "VizWiz")
 TOKENPACKER: dict[tuple[str, int], float] = {
     ("mlp", 576): 62.0,
     ("tokenpacker", 144): 62.8,

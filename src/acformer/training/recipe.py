@@ -63,6 +63,11 @@ class ModelSpec:
     dtype: str = "float32"
     connector_weights: str | None = None
 
+    def architecture(self) -> dict[str, Any]:
+        """What it says of the fields of `AcFormerConfig`, encoder and language model left out."""
+        names = ("connector", "connector_kwargs", "fusion", "fusion_kwargs", "feature_layer", "image_size")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass
 class StageSpec:

@@ -42,12 +42,7 @@ def model_config(recipe: Recipe) -> AcFormerConfig:
     return AcFormerConfig(
         vision_config=getattr(vision, "vision_config", None) or vision,  # CLIP's and SigLIP's have two towers
         text_config=_text_config(spec.text, spec.tokenizer_vocab),
-        connector=spec.connector,
-        connector_kwargs=spec.connector_kwargs,
-        fusion=spec.fusion,
-        fusion_kwargs=spec.fusion_kwargs,
-        feature_layer=spec.feature_layer,
-        image_size=spec.image_size,
+        **spec.architecture(),
         image_token_id=0,
     )
 

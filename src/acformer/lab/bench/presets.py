@@ -94,10 +94,7 @@ def load_preset(name: str) -> Preset:
     config = AcFormerConfig(
         vision_config=Dinov2Config(**DINOV2_S14) if is_dinov2 else CLIPVisionConfig(**CLIP_L_336),
         text_config=LlamaConfig(**(text or _new_text(spec.text, spec.tokenizer_vocab))),
-        connector=spec.connector,
-        connector_kwargs=spec.connector_kwargs,
-        feature_layer=spec.feature_layer,
-        image_size=spec.image_size,
+        **spec.architecture(),
         image_token_id=1,
     )
     patches = config.geometry.num_patches

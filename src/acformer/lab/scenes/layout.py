@@ -7,7 +7,6 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
 from random import Random
 
 from acformer.lab.scenes.difficulty import VERSION, Difficulty, Noun, lookalikes
@@ -162,11 +161,6 @@ def _fits(noun: Noun, theme: str | None, chosen: list[str], novel: bool) -> bool
         return False
     pairs = [held_out(noun.name, other) for other in set(chosen)]
     return not any(pairs) if not novel else len(set(chosen)) != 1 or pairs[0]
-
-
-def has_novel_pair(scene: Scene) -> bool:
-    """Whether two nouns of the scene never stand together in the other splits."""
-    return any(held_out(a, b) for a, b in combinations(scene.names, 2))
 
 
 def _place(things: list[Thing], text: str, width: float, height: float, random: Random, hidden: float = 0.0) -> None:
