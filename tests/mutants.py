@@ -103,8 +103,14 @@ def outcome(mutant: Mutant, package: Path, seconds: float) -> str:
             return "not ended"
     finally:
         path.write_text(source, encoding="utf-8")
-    said = {RAN + pytest.ExitCode.OK: "survived", RAN + pytest.ExitCode.TESTS_FAILED: "died"}.get(process.exitcode)
-    return said or f"broken: pytest ended with {process.exitcode}: {log.read_text(encoding='utf-8')[-300:]}"
+    code = process.exitcode - RAN
+    if code in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.INTERRUPTED,
+    ):  # Ctrl-C is an error, too
+        return "died" if code else "survived"
+    return f"broken: pytest ended with {code}: {log.read_text(encoding='utf-8')[-300:]}"
 
 
 def main() -> None:

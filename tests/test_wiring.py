@@ -209,6 +209,12 @@ def test_a_step_of_several_processes_is_of_like_length(recipe, batches, monkeypa
     assert samples_a_step({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 3) == 24
 
 
+def test_a_stream_is_taken_as_it_comes(recipe, batches, monkeypatch):  # noqa: F811
+    train(recipe(*ONE), progress=False)
+    monkeypatch.setattr(ConversationDataset, "is_stream", True)
+    assert [*batches[0]["trainer"]._get_train_sampler()] == [*range(12)]
+
+
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_a_mixture_is_in_the_order_of_seed_and_epoch(recipe, data, batches, strategy):  # noqa: F811
     mixed = f"finetune.data=[{data}/questions.json, {{path: {data}/captions.jsonl, weight: 0.5}}]"
