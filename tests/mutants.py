@@ -1,6 +1,6 @@
 """Would a test notice? The wiring of a run is changed in one place at a time, and the tests that ought to fail are run.
 
-    python tests/mutants.py                    all of mutants.toml; results.json keeps what is done already
+    python tests/mutants.py                    all of mutants.toml; mutants-results.json keeps what is done
     python tests/mutants.py --only elastic     those whose file, texts or tests hold the word
     python tests/mutants.py --again            survivors once more, after a test was written
 
@@ -34,9 +34,11 @@ PRELOADED = [
     *("beartype", "jaxtyping", "hypothesis"),
     *(f"transformers.models.{name}" for name in ("auto.modeling_auto", "clip.modeling_clip", "llama.modeling_llama")),
 ]
-PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 RAN = 10
 """Added to what pytest ends with: a process that fails before it ends with 1, too."""
+NOTICED = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
+"""A run that a signal has stopped raises KeyboardInterrupt, which interrupts pytest."""
+QUIETLY = "-x -q -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning"
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,7 @@ def run_tests(package: str, arguments: list[str], log: str) -> None:
     os.environ["PYTHONPATH"] = package
     sys.path.insert(0, package)
     os.chdir(HERE.parent)
-    options = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-    ]
-    code = int(pytest.main([*options, *arguments]))
+    code = int(pytest.main([*QUIETLY.split(), *arguments]))
     sys.stdout.flush()
     os._exit(RAN + code)
 
@@ -104,11 +96,7 @@ def outcome(mutant: Mutant, package: Path, seconds: float) -> str:
     finally:
         path.write_text(source, encoding="utf-8")
     code = process.exitcode - RAN
-    if code in (
-        pytest.ExitCode.OK,
-        pytest.ExitCode.TESTS_FAILED,
-        pytest.ExitCode.INTERRUPTED,
-    ):  # Ctrl-C is an error, too
+    if code == pytest.ExitCode.OK or code in NOTICED:
         return "died" if code else "survived"
     return f"broken: pytest ended with {code}: {log.read_text(encoding='utf-8')[-300:]}"
 
