@@ -35,9 +35,9 @@ prepare = accelerator.fsdp2_prepare_model
 
 def telling(own, model):
     """Writes the share of frozen weights without memory to `$TELL_META.RANK` before the model is sharded."""
-    if told := os.environ.get("TELL_META"):
+    if path := os.environ.get("TELL_META"):
         weights = [weight for weight in model.parameters() if not weight.requires_grad]
-        Path(f"{told}.{os.environ['RANK']}").write_text(str(sum(w.is_meta for w in weights) / len(weights)))
+        Path(f"{path}.{os.environ['RANK']}").write_text(str(sum(w.is_meta for w in weights) / len(weights)))
     return prepare(own, model)
 
 

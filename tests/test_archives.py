@@ -196,12 +196,12 @@ def test_shards_of_a_webdataset(tmp_path):
     assert samples[3].messages[0]["content"] == [image, image, {"type": "text", "text": "first?"}]
     assert [image.name for image in samples[3].images] == ["3.0.png", "3.1.png"]
     reasons = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    told = {entry["record"]: entry["reason"] for entry in reasons}
-    assert set(told) == {5, 6, 7, 9}
-    assert "neither a .json nor a .txt" in told[5]
-    assert "holds 5.mp4, which is neither text nor an image" in told[6]
-    assert "not JSON" in told[7]
-    assert "has no conversations, messages, texts or caption; it has url" in told[9]
+    found = {entry["record"]: entry["reason"] for entry in reasons}
+    assert set(found) == {5, 6, 7, 9}
+    assert "neither a .json nor a .txt" in found[5]
+    assert "holds 5.mp4, which is neither text nor an image" in found[6]
+    assert "not JSON" in found[7]
+    assert "has no conversations, messages, texts or caption; it has url" in found[9]
     assert (log.offered, log.used) == (10, 6)
     lengths = open_samples(str(tmp_path / "shards")).lengths(1000)
     assert (lengths // 1000).tolist() == [1, 1, 1, 2, 1, 0, 1, 1, 0, 1]

@@ -136,9 +136,9 @@ def test_missing_double_unknown(name, files, capsys):
     lines(answers, [*records, records[0]])
     assert f"1 second answers ({records[0]['question_id']})" in refused(capsys, *arguments)
     lines(answers, [*records[:-1], {**records[-1], "question_id": "elsewhere/99"}])
-    told = refused(capsys, *arguments)
-    assert "1 answers to questions that there are not (elsewhere/99)" in told
-    assert "questions without an answer" in told
+    message = refused(capsys, *arguments)
+    assert "1 answers to questions that there are not (elsewhere/99)" in message
+    assert "questions without an answer" in message
     lines(answers, [*records[:-1], {**records[-1], "prompt": "Who won the battle of Hastings?"}])
     assert "prompt that is not their question's" in refused(capsys, *arguments)
 
@@ -251,8 +251,8 @@ def test_two_files_of_one_name_are_refused(files, capsys):
     folder, answers = files("gqa")
     (folder / "other").mkdir()
     (folder / "other/testdev_balanced_questions.json").write_text("{}")
-    told = refused(capsys, "score", "gqa", "--answers", answers, "--truth", folder)
-    assert "are both testdev_balanced_questions.json" in told
+    message = refused(capsys, "score", "gqa", "--answers", answers, "--truth", folder)
+    assert "are both testdev_balanced_questions.json" in message
 
 
 def test_an_id_of_an_image_goes_by_what_was_asked():
@@ -313,8 +313,9 @@ def test_popes_labels_of_another_release(files, capsys):
     path = folder / "coco/coco_pope_random.json"
     row = {"question_id": 8, "image": "COCO_val2014_000000000001.jpg", "text": "Is there a new one?", "label": "no"}
     path.write_text(path.read_text() + json.dumps(row) + "\n")
-    told = refused(capsys, "score", "pope", "--answers", answers, "--truth", folder)
-    assert "coco_pope_random.json is of another release than the questions: 8 labels to 7 questions, 1 without" in told
+    message = refused(capsys, "score", "pope", "--answers", answers, "--truth", folder)
+    said = "coco_pope_random.json is of another release than the questions: 8 labels to 7 questions, 1 without"
+    assert said in message
     path.write_text(path.read_text().replace('"yes"', '"maybe"'))
     assert "a label is yes or no, not 'maybe'" in refused(
         capsys, "score", "pope", "--answers", answers, "--truth", folder
@@ -444,8 +445,8 @@ def test_mm_vet_adds_up_grades(files, tmp_path, capsys):
         capsys, "score", "mm_vet", "--answers", answers, "--truth", folder
     )
     plain = lines(tmp_path / "plain.jsonl", write("mm_vet", folder))
-    told = refused(capsys, "score", "mm_vet", "--answers", plain, "--truth", folder)
-    assert "MM-Vet's judge must grade these answers" in told
+    message = refused(capsys, "score", "mm_vet", "--answers", plain, "--truth", folder)
+    assert "MM-Vet's judge must grade these answers" in message
 
 
 def test_textvqa_tells_of_the_hint(files):
@@ -639,8 +640,8 @@ def test_vizwiz_submission(files, tmp_path, capsys):
         {"image": "VizWiz_test_00000000.jpg", "answer": "red"},
         {"image": "VizWiz_test_00000001.jpg", "answer": "unanswerable"},
     ]
-    told = refused(capsys, "score", "vizwiz", "--answers", answers, "--truth", folder)
-    assert "the right answers are not published: --submission" in told
+    message = refused(capsys, "score", "vizwiz", "--answers", answers, "--truth", folder)
+    assert "the right answers are not published: --submission" in message
 
 
 def test_vqav2_submission_holds_all_of_test2015(tmp_path, capsys):

@@ -246,11 +246,11 @@ def test_killed_twice_it_goes_on(model_folder, tmp_path):
     kill_after(command(model_folder, root, out), folder, 5)
     kept = len((folder / "answers.partial.jsonl").read_text().splitlines())
     assert kept == answered
-    told = finish(command(model_folder, root, out))
+    output = finish(command(model_folder, root, out))
     finish(command(model_folder, root, tmp_path / "whole"))
     assert predictions(folder) == predictions(tmp_path / "whole/pope/5-tokens")
     assert len(predictions(folder)) == 23
-    assert told.startswith("pope ")
+    assert output.startswith("pope ")
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_torchrun_shares_the_questions(model_folder, tmp_path):
     write("pope", root)
     port = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
     both = command(model_folder, root, tmp_path / "both")
-    told = finish([*port, *both])
-    assert told.count("pope ") == 1, "one process prints"
+    output = finish([*port, *both])
+    assert output.count("pope ") == 1, "one process prints"
     finish(command(model_folder, root, tmp_path / "alone"))
     assert predictions(tmp_path / "both/pope/5-tokens") == predictions(tmp_path / "alone/pope/5-tokens")

@@ -162,9 +162,9 @@ def test_a_budget_of_the_processor_itself(tmp_path):
     assert count(writer(tiny.picture(), TEXT, num_image_tokens=5)) == [5]
     assert writer._get_num_multimodal_tokens([(1, 1)])["num_image_tokens"] == [9]
     processor().save_pretrained(tmp_path)
-    told = AutoProcessor.from_pretrained(tmp_path, num_image_tokens=9)
-    assert told.num_placeholders == 5
-    inputs = told(tiny.picture(), TEXT)
+    other = AutoProcessor.from_pretrained(tmp_path, num_image_tokens=9)
+    assert other.num_placeholders == 5
+    inputs = other(tiny.picture(), TEXT)
     assert (count(inputs), inputs["num_visual_tokens"]) == ([9], 9)
 
 
@@ -188,7 +188,7 @@ def test_for_vllm():
     assert writer._get_num_multimodal_tokens([(1, 1)], detail="high")["num_image_tokens"] == [10]
     with pytest.raises(UsageError, match="it can give 2 to 17"):
         writer._get_num_multimodal_tokens([(10, 20)], num_image_tokens=18)
-    for asked, told in ((None, [5, 5]), (9, [9, 9])):  # always a tensor, so that all requests look alike
+    for asked, other in ((None, [5, 5]), (9, [9, 9])):  # always a tensor, so that all requests look alike
         inputs = writer(
             tiny.pictures([0, 1]),
             "<image> <image>",
@@ -196,7 +196,7 @@ def test_for_vllm():
             return_text_replacement_offsets=True,
             return_tensors="pt",
         )
-        assert inputs["num_visual_tokens"].tolist() == told
+        assert inputs["num_visual_tokens"].tolist() == other
         assert len(inputs["text_replacement_offsets"][0]) == 2
     gated = tiny.processor(1, fusion="gated_cross_attention")
     with pytest.raises(UsageError, match="vLLM cannot serve fusion 'gated_cross_attention'"):

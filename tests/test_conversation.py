@@ -210,8 +210,8 @@ def test_the_processors_own_chat_gives_the_same_ids(kind, template):
     ask = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     asked = processor.apply_chat_template(messages, add_generation_prompt=True, **ask)
     assert asked["input_ids"][0].tolist() == encode_prompt(processor, messages)
-    told = processor.apply_chat_template(messages[:2], **ask)
-    assert told["input_ids"][0].tolist() == encode_conversation(processor, messages[:2]).input_ids
+    rendered = processor.apply_chat_template(messages[:2], **ask)
+    assert rendered["input_ids"][0].tolist() == encode_conversation(processor, messages[:2]).input_ids
 
 
 @pytest.mark.parametrize("template", ["vicuna_v1", "plain", "bare"])

@@ -154,7 +154,7 @@ class TestLlava:
         assert torch.equal(logits(loaded, inputs), logits(ours, inputs))
 
     @pytest.mark.parametrize(
-        ("fields", "told"),
+        ("fields", "message"),
         [
             ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer=\[-2, -1\]"),
             ({"vision_feature_layer": 0}, "vision_feature_layer .*4 blocks"),
@@ -165,6 +165,6 @@ class TestLlava:
             ({"family": "vit_mae"}, "vision encoder 'vit_mae' is unsupported"),
         ],
     )
-    def test_unsupported(self, fields, told):
-        with pytest.raises(CheckpointError, match=told):
+    def test_unsupported(self, fields, message):
+        with pytest.raises(CheckpointError, match=message):
             from_llava(llava(**fields))

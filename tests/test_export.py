@@ -28,8 +28,8 @@ folder, budget = sys.argv[1], {budget}
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-told = {{}} if budget is None else {{"num_visual_tokens": budget}}
-inputs = processor(images=Image.open("photo.png"), text={prompt!r}, return_tensors="pt", **told)
+options = {{}} if budget is None else {{"num_visual_tokens": budget}}
+inputs = processor(images=Image.open("photo.png"), text={prompt!r}, return_tensors="pt", **options)
 with torch.no_grad():
     logits = model(**inputs).logits
     hidden = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(**inputs).last_hidden_state
@@ -60,8 +60,8 @@ def without_us(folder: Path, budget: int | None = None, *arguments: str) -> dict
 
 
 def expected(model, processor, photo, budget=None) -> dict:
-    told = {} if budget is None else {"num_visual_tokens": budget}
-    inputs = processor(images=str(photo), text=ASK, return_tensors="pt", **told)
+    options = {} if budget is None else {"num_visual_tokens": budget}
+    inputs = processor(images=str(photo), text=ASK, return_tensors="pt", **options)
     with torch.no_grad():
         logits, hidden = model(**inputs).logits, model.model(**inputs).last_hidden_state
     ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)

@@ -232,12 +232,12 @@ def test_prompt_lookup_is_refused():
     """It would propose the prompt's own <image>, and the blocks would look for one more image."""
     model, given = opened(), inputs(TWO, tiny.pictures([1, 2]))
     said = greedy(model, given)
-    for told in (
+    for arguments in (
         {"prompt_lookup_num_tokens": 3},
         {"generation_config": GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=8)},
     ):
         with pytest.raises(UsageError, match=f"prompt_lookup_num_tokens .* fusion {GATED}"):
-            model.generate(**given, **told)
+            model.generate(**given, **arguments)
     assert torch.equal(greedy(model, given, prompt_lookup_num_tokens=None), said)
     model.generation_config.prompt_lookup_num_tokens = 3
     with pytest.raises(UsageError, match="prompt_lookup_num_tokens"):

@@ -133,10 +133,10 @@ def test_a_prompt_longer_than_the_context_is_refused(parts, pictures):
     long = question("long", pictures[0], words="what " * 20)
     (length,) = prompt_length(parts, long)
     model = short(parts[0], length)
-    told = rf"a prompt of {length} tokens .* does not fit into the model's context of {length}"
-    with pytest.raises(UsageError, match=told):
+    message = rf"a prompt of {length} tokens .* does not fit into the model's context of {length}"
+    with pytest.raises(UsageError, match=message):
         ask(model, parts[1], pictures[0], "what " * 20)
-    with pytest.raises(DataError, match=f"among short, long: {told}"):
+    with pytest.raises(DataError, match=f"among short, long: {message}"):
         list(answer(model, parts[1], [question("short"), long], progress=False))
     assert ask(model, parts[1], pictures[0], "what?", max_new_tokens=4)
 

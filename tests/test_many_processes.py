@@ -179,8 +179,8 @@ def test_adapters(folder, settings):
 def test_rank_0_alone_reads_the_weights(folder, one):
     efficient = "finetune.training.fsdp_config={cpu_ram_efficient_loading: true}"
     words = command(2, folder, "efficient", FSDP, efficient)
-    told = {**environment(folder), "TELL_META": str(folder / "meta")}
-    result = subprocess.run(words, capture_output=True, text=True, timeout=250, env=told)
+    variables = {**environment(folder), "TELL_META": str(folder / "meta")}
+    result = subprocess.run(words, capture_output=True, text=True, timeout=250, env=variables)
     assert result.returncode == 0, result.stderr
     check_same(folder / "efficient/finetune", one)
     shares = {int(path.suffix[1:]): float(path.read_text()) for path in folder.glob("meta.*")}

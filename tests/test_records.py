@@ -104,8 +104,8 @@ def test_signs_belong_to_an_answer(said, answer, same):
 
 
 def test_every_evaluation_has_a_folder_of_its_own(tmp_path):
-    told = [("easy-vqa", None, None), ("easy-vqa", [9], None), ("easy-vqa", [9], 200), ("easy-vqa:train", None, None)]
-    names = [_evaluation_name(argparse.Namespace(data=d, tokens=t, limit=n)) for d, t, n in told]
+    asked = [("easy-vqa", None, None), ("easy-vqa", [9], None), ("easy-vqa", [9], 200), ("easy-vqa:train", None, None)]
+    names = [_evaluation_name(argparse.Namespace(data=d, tokens=t, limit=n)) for d, t, n in asked]
     assert names == ["easy-vqa", "easy-vqa-T9", "easy-vqa-T9-limit200", "easy-vqa-train"]
     assert _folder(str(tmp_path)) == tmp_path / "eval"
     assert str(_folder("user/repo")) == "runs/eval/user--repo"

@@ -513,10 +513,10 @@ def test_without_the_packages(tmp_path, monkeypatch, capsys):
 
 def test_others_are_let_in_with_a_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    for key, told in (("", True), ("secret", False)):
+    for key, warns in (("", True), ("secret", False)):
         monkeypatch.setenv("ACFORMER_API_KEY", key)
         cli.main(["serve", str(tmp_path), "--host", "0.0.0.0"])
-        assert ("set ACFORMER_API_KEY" in capsys.readouterr().err) is told
+        assert ("set ACFORMER_API_KEY" in capsys.readouterr().err) is warns
 
 
 def test_the_command_line_of_vllm(monkeypatch):

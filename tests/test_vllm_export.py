@@ -24,8 +24,8 @@ model = LLM("exported", trust_remote_code=True, enforce_eager=True, dtype="float
             gpu_memory_utilization=0.1, max_num_seqs=4, limit_mm_per_prompt={{"image": 3}})
 said = {{}}
 for budget in (None, 3):
-    told = {{}} if budget is None else {{"mm_processor_kwargs": {{"num_image_tokens": budget}}}}
-    outputs = model.chat(asked, greedy, use_tqdm=False, **told)
+    options = {{}} if budget is None else {{"mm_processor_kwargs": {{"num_image_tokens": budget}}}}
+    outputs = model.chat(asked, greedy, use_tqdm=False, **options)
     said[str(budget)] = [list(output.outputs[0].token_ids) for output in outputs]
 json.dump(said, open("said.json", "w"))
 """
@@ -48,8 +48,8 @@ def test_ids_are_generates_where_this_package_is_not(tmp_path: Path):
     asked = [messages(*prompts()[number]) for number in NUMBERS]
     (tmp_path / "asked.json").write_text(json.dumps(asked))
     command = [sys.executable, "-c", WITHOUT_US.format(max_tokens=MAX_TOKENS)]
-    told = environment(**CPU, HF_MODULES_CACHE=str(tmp_path / "modules"))
-    result = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True)
+    options = environment(**CPU, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    result = subprocess.run(command, cwd=tmp_path, env=options, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     said, wanted = (json.loads((tmp_path / name).read_text()) for name in ("said.json", "clip.json"))
     end = json.loads((tmp_path / "exported/generation_config.json").read_text())["eos_token_id"]
