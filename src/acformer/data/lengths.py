@@ -37,7 +37,7 @@ def grouped_by_length(lengths: Sequence[int], rows: int, seed: str) -> list[int]
     piece = rows * max(1, min(len(order) // (4 * rows), STEPS))
     pieces = [sorted(order[i : i + piece], key=lengths.__getitem__, reverse=True) for i in range(0, len(order), piece)]
     whole = [part[i : i + rows] for part in pieces for i in range(0, len(part), rows)]
-    rest = whole.pop() if len(order) % rows else []
+    rest = whole.pop() if len(order) % rows else []  # the short one: in the middle it would shift all steps behind it
     chance.shuffle(whole)
     return [index for step in [*whole, rest] for index in step]
 

@@ -87,6 +87,7 @@ def weighted_order(counts: Sequence[int], weights: Sequence[float], seed: int, e
         order += [np.arange(start, start + count)] * whole
         if rest:
             mixed = np.array(random.Random(f"{seed} {place}").sample(range(count), count))
+            # A window of the mixed numbers that moves on by its width in each epoch: all come before any comes again.
             order.append(start + mixed[(epoch * rest + np.arange(rest)) % count])
         start += count
     return np.concatenate([np.zeros(0, np.int64), *order]).tolist()

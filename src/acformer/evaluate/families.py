@@ -118,6 +118,7 @@ def circular(replies: Sequence[Reply]) -> Measure:
     circles = [(reply.image, re.sub(r"/[0-3]\Z", "/", reply.id)) for reply in replies]
     sizes = Counter(circles)
     wrong = {circle for circle, reply in zip(circles, replies, strict=True) if not reply.right}
+    # Each asking bears its share, so that the rows of a circle add up to one question.
     rows = [[(circle not in wrong) / sizes[circle], 1 / sizes[circle]] for circle in circles]
     return Measure(np.array(rows), _ratio, {"accuracy": _mean_right(replies)})
 

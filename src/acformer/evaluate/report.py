@@ -100,6 +100,7 @@ def _fingerprint(samples: Sequence[Sample]) -> str:
 
 def score_replies(data: str, replies: Sequence[Reply]) -> dict[str, Any]:
     """What the replies to questions of `data` are worth, whoever gave them; see `evaluate`."""
+    # Of data without a split to learn from, its own answers, which flatters the blind score.
     blind = blind_replies(training_questions(data) or replies, replies)
     correct = [reply.right for reply in replies]
     low, high = interval(correct, [reply.image for reply in replies])

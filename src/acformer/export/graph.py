@@ -46,6 +46,7 @@ class Graph:
     @property
     def dynamic_shapes(self) -> dict[str, dict[int, Dim]]:
         """Which dimensions are free."""
+        # torch.export takes a length of 0 or 1 for a constant.
         batch, length = Dim("batch"), Dim("length", min=2, max=2**20)
         return {name: {0: batch, **({1: length} if self.has_length else {})} for name in self.inputs}
 

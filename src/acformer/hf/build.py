@@ -267,6 +267,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > model.config.vocab_size:
         rows = model.config.vocab_size
+        # Rows in multiples of 64, for which products are fast; new rows by our own seed, see below.
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
         _fill_new_rows(model, rows)
 

@@ -267,7 +267,7 @@ class AcFormerModel(AcFormerPreTrainedModel):
                 "cross_attention_states": cross_attention_states,
                 "cross_attention_mask": cross_attention_mask,
             }
-        elif self.training:
+        elif self.training:  # a batch of text alone: every weight has a gradient all the same
             inputs_embeds = inputs_embeds + (self.connector.zero_loss() + self.fusion.zero_loss()).to(inputs_embeds)
         inputs_embeds, arguments = self.fusion(inputs_embeds, places, **images)
         output = self.language_model(

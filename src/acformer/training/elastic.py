@@ -40,6 +40,7 @@ class ElasticBudget:
     def __call__(self, batch: Mapping[str, Any], step: int) -> dict[str, Any]:
         """input_ids, attention_mask and labels (B, L) cut to the step's T, and `num_visual_tokens` for the model."""
         num_tokens = self.sample(step)
+        # Under gated cross-attention both are 1, and nothing is dropped.
         written, wanted = map(self.processor.count_placeholders, (self.choices[-1], num_tokens))
         places = batch["input_ids"] == self.processor.image_token_id  # (B, L)
         # The image tokens of a row are numbered through; of each run of `written`, the first `wanted` stay.

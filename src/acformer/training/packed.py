@@ -32,6 +32,7 @@ def check_packing(model: AcFormerForConditionalGeneration) -> None:
     name = type(model.model.language_model).__name__
     first, second, other = _three_sentences(model)
     together = _states(model, first, second)[:, LENGTH:]
+    # Another row is summed in another order: far less than what a token of another sample would change.
     tolerance = (1e-3 if together.dtype == torch.float32 else 5e-2) * float(together.float().std())
     if _differ(together, _states(model, other, second)[:, LENGTH:], tolerance):
         raise UsageError(f"packing: in {name} a sample would see the one before it in its row; {REMEDY}")

@@ -108,10 +108,12 @@ def standing(sharding: str, gpus: int, weights: Weights, precision: Precision, v
     compute = (precision.autocast or precision.trained).itemsize
     own, half, single = precision.trained.itemsize, compute, torch.float32.itemsize
     trained, frozen = weights.trained, weights.frozen_bytes
+    # All sums in bytes. DDP reduces gradients in buckets of its own, as large as the gradients.
     if sharding == "ddp":
         buckets = trained * own if gpus > 1 else 0
         return Standing(trained * own + frozen, trained * own, trained * own * values, buckets)
     if sharding == "fsdp":
+        # Two blocks at one time, since the next is gathered while one computes; with gradients where they learn.
         blocks = 2 * weights.block * half * (2 if weights.block_learns else 1)
         gathered = (weights.root * half + blocks) if gpus > 1 else 0
         states = trained * own * values

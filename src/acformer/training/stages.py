@@ -79,7 +79,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> Path:
                 check_one_reader(
                     cached=recipe.cache_features, elastic=spec.elastic is not None, quantize=spec.quantize is not None
                 )
-        set_seed(recipe.seed)
+        set_seed(recipe.seed)  # the checks have drawn random numbers
         return _train_stages(recipe, todo, progress)
 
 
@@ -128,7 +128,7 @@ def check_stage(spec: StageSpec, seed: int) -> None:
         check_peft()
     if spec.quantize is not None:
         check_bitsandbytes()
-    drops = spec.training.get("dataloader_drop_last", False)
+    drops = spec.training.get("dataloader_drop_last", False)  # then the number of samples matters, not one of them
     is_named = all(named_dataset(entry.path) for entry in data_entries(spec.data))  # one that may have to be made
     few = spec if drops or not is_named else replace(spec, max_samples=1)
     samples = _open(few, seed, skip_log := SkipLog(max_bad_fraction=1.0))
@@ -233,7 +233,7 @@ def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerP
     """The processor that encodes a stage's samples, and the stage's budget; `UsageError` if model and stage differ."""
     model, processor = parts
     spec: StageSpec = getattr(recipe, stage)
-    own, budget = copy.copy(processor), None
+    own, budget = copy.copy(processor), None  # what is saved keeps the model's template and T
     with translated(stage, UsageError, UsageError):
         check_modules(model, spec.learning_rates)
         if model.dtype == torch.float16:
@@ -252,6 +252,7 @@ def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerP
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
+            # Samples are encoded once, with the most image tokens; each step drops what its T leaves over.
             own.num_placeholders = processor.count_placeholders(choices[-1])
             budget = ElasticBudget(choices, recipe.seed, processor)
     return own, budget
@@ -281,6 +282,7 @@ def stage_trainer(
         model.model.vision_tower.to(args.device)
         features = cached_features((model, processor), samples, progress)
     packing = stage_packing(spec, model)
+    # The dtype of what learns is that of the saved model, whatever the frozen weights are cast to.
     half, dtype = half_precision(args), next(p.dtype for p in model.parameters() if p.requires_grad)
     cast_frozen(model, half)
     with translated(stage, UsageError, UsageError), fitting():

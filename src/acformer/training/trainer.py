@@ -120,6 +120,7 @@ class AcFormerTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what `optim` says) with one group a module and decay setting."""
         if self.optimizer is None:
+            # Matrices decay, biases and norms do not; without decay there is one group a module.
             names = set(self.get_decay_parameter_names(self.model)) if self.args.weight_decay > 0 else set()
             decayed = {id(p) for n, p in self.model.named_parameters() if n in names}
             groups = []
@@ -140,6 +141,7 @@ class AcFormerTrainer(Trainer):
         """As the Trainer's; a worker that hangs does not hang the run."""
         loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers > 0:
+            # accelerate wraps the loader: the one inside starts the workers and waits for them.
             getattr(loader, "base_dataloader", loader).timeout = LOADER_TIMEOUT
         return loader
 
@@ -183,6 +185,7 @@ class AcFormerTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         """The model's loss; a loss that is not finite stops the run before anything is changed by it."""
         sample_ids = inputs.pop("sample_ids", [])
+        # At each step anew: the Trainer puts the whole model into training mode before it.
         if "vision_tower" not in self.learning_rates:
             self.accelerator.unwrap_model(model).model.vision_tower.eval()
         result = super().compute_loss(model, {**inputs, "supervised_only": True}, *args, **kwargs)
@@ -265,6 +268,7 @@ class AcFormerTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         name = "rng_state.pth" if world == 1 else f"rng_state_{rank}.pth"
         if checkpoint is not None and not (Path(checkpoint) / name).exists():
+            # Another seed for every process and step, or all would draw the same dropout.
             set_seed((self.args.seed + 1_000_003 * self.state.global_step + rank) % 2**32)
             return
         with _going_on_from(checkpoint):

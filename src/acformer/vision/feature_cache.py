@@ -262,7 +262,7 @@ class FeatureCache:
                 break
             self.rows[digest] = len(self.rows)
             self.checksums.append(int(checksum, 16))
-        self.maps, self.verified = {}, set()
+        self.maps, self.verified = {}, set()  # opened again: the files may have grown
 
     def _repair(self) -> None:
         """Cut off what an interrupted run left behind the whole rows; only under the lock."""

@@ -36,7 +36,7 @@ def load_tower(name: str, dtype: torch.dtype) -> PreTrainedModel:
     name = resolve(name)
     with translated(f"cannot load {name!r}", CheckpointError):
         config = load_config(name)
-        if config.model_type not in ENCODERS.names():
+        if config.model_type not in ENCODERS.names():  # of two towers: the vision half
             config = getattr(config, "vision_config", config)
         # Other shapes are let through to be named below, where transformers' own error would not name them.
         tower, report = AutoModel.from_pretrained(
