@@ -21,10 +21,12 @@ from acformer.errors import DataError
 from acformer.evaluate.families import Reply
 from acformer.evaluate.report import as_reply, evaluate, score_replies
 from acformer.hf.build import build_model, square_image_processor
+from acformer.hf.checkpoints import write_manifest
 from acformer.lab.paper import RECIPE
 from acformer.training.arguments import training_arguments
 from acformer.training.elastic import ElasticBudget
 from acformer.training.learner import as_it_learns
+from acformer.training.lora import LoraSpec, add_adapters
 from acformer.training.recipe import load_recipe
 from acformer.training.run_folder import samples_a_step
 from acformer.training.stages import first_model, recipe_texts, stage_samples, train
@@ -245,6 +247,28 @@ def test_what_is_drawn_while_training_goes_on_after_a_resume(recipe, tmp_path): 
     assert (
         changed(whole, weights(train(recipe(*ONE, *drawn, f"output_dir={tmp_path}/stopped"), progress=False))) == set()
     )
+
+
+def test_weights_of_a_checkpoint_without_a_tokenizer_are_gone_on_from(recipe, tmp_path):  # noqa: F811
+    saved = [*ONE, "finetune.training.save_strategy=steps", "finetune.training.save_steps=1"]
+    folder = train(recipe(*saved), progress=False)
+    whole = weights(folder)
+    shutil.rmtree(folder)
+    shutil.rmtree(folder.parent / "checkpoint-3")
+    (folder.parent / "checkpoint-2/tokenizer_config.json").unlink()
+    write_manifest(folder.parent / "checkpoint-2")
+    assert changed(whole, weights(train(recipe(*saved), progress=False))) == set()
+
+
+def test_adapters_are_what_the_stage_says():
+    pytest.importorskip("peft")
+    model = tiny.model()
+    add_adapters(model, LoraSpec(r=4, alpha=24, dropout=0.3, targets=["q_proj"]))
+    options = model.peft_config["default"]
+    assert (options.r, options.lora_alpha, options.lora_dropout) == (4, 24, 0.3)
+    adapted = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    assert len(adapted) == 2, "one in each layer of the language model"
+    assert all(name.startswith("model.language_model.") and ".q_proj." in name for name in adapted)
 
 
 def test_adapters_start_by_the_seed_alone(recipe, tmp_path):  # noqa: F811
