@@ -13,12 +13,13 @@ from test_train import changed, data, recipe, weights  # noqa: F401 (fixtures)
 from transformers import CLIPVisionModel, TrainingArguments
 
 from acformer.data.collate import ConversationDataset
-from acformer.data.datasets import DATASETS, Dataset
+from acformer.data.datasets import DATASETS, Dataset, load_samples
 from acformer.data.lengths import grouped_by_length
 from acformer.data.mixture import MixtureSampler
 from acformer.data.samples import Sample
 from acformer.errors import DataError
 from acformer.evaluate.families import Reply
+from acformer.evaluate.generate import answer, generation_options
 from acformer.evaluate.report import as_reply, evaluate, score_replies
 from acformer.hf.build import build_model, square_image_processor
 from acformer.hf.checkpoints import write_manifest
@@ -480,11 +481,11 @@ def answered(monkeypatch):
     """What `answer` was called with; every answer is yes."""
     calls = []
 
-    def answer(model, processor, samples, **options):
+    def answer_yes(model, processor, samples, **options):
         calls.append({"samples": samples, **options})
         yield from ["yes"] * len(samples)
 
-    monkeypatch.setattr("acformer.evaluate.report.answer", answer)
+    monkeypatch.setattr("acformer.evaluate.report.answer", answer_yes)
     return calls
 
 
@@ -497,6 +498,27 @@ def test_what_is_asked_of_an_evaluation_reaches_the_answers(asked, answered, tmp
     assert call == {**options, "progress": False}
     assert (scores["num_questions"], scores["num_images"], scores["num_image_tokens"]) == (3, 2, 3)
     assert scores["accuracy_by_kind"] == {"exist-random": 1.0}
+
+
+def test_all_are_answered_from_the_features_that_are_known(asked, tmp_path):
+    (model, processor), read = (tiny.model(), tiny.processor()), []
+
+    @torch.no_grad()
+    def features(path):
+        read.append(path.name)
+        pixels = processor.image_processor([Image.open(path)], return_tensors="pt")["pixel_values"]
+        return {name: value[0] for name, value in model.get_vision_features(pixels).arrays.items()}
+
+    samples = load_samples(str(asked), image_root=tmp_path / "images", limit=3)
+    known = answer(model, processor, samples, features=features, batch_size=2, max_new_tokens=1, progress=False)
+    assert len(list(known)) == 3
+    assert set(read) == {"0.png", "1.png"}
+
+
+def test_an_answer_ends_where_the_template_says(monkeypatch):
+    monkeypatch.setattr("acformer.evaluate.generate.end_tokens", lambda processor: [7, 9])
+    options = generation_options(tiny.processor(), 5)
+    assert (options["eos_token_id"], options["max_new_tokens"], options["do_sample"]) == ([7, 9], 5, False)
 
 
 def test_answers_of_another_model_or_to_other_questions_are_not_gone_on_from(asked, tmp_path, monkeypatch):
