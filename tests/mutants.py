@@ -154,16 +154,15 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=240, help="seconds a mutant")
     options = parser.parse_args()
     mutants = read_mutants()
-    tests = {name for mutant in mutants for name in re.findall(r"(test_\w+)\.py", mutant.tests)}
+    chosen = [mutant for mutant in mutants if options.only in json.dumps(asdict(mutant)) and not mutant.equivalent]
+    modules = {mutant.module for mutant in chosen}
+    tests = {name for mutant in chosen for name in re.findall(r"(test_\w+)\.py", mutant.tests)}
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (SOURCE, HERE)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    modules = {mutant.module for mutant in mutants}
     multiprocessing.set_forkserver_preload(["torch._dynamo", "peft", "conftest", *sorted(modules), *sorted(tests)])
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for mutant in mutants:
-            if options.only not in json.dumps(asdict(mutant)) or mutant.equivalent:
-                continue
+        for mutant in chosen:
             known = results.get(mutant.key)
             if known == "died" or (known == "survived" and not options.again):
                 continue
