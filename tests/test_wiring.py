@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,9 +20,10 @@ from acformer.data.lengths import grouped_by_length
 from acformer.data.mixture import MixtureSampler
 from acformer.data.samples import Sample
 from acformer.errors import DataError
-from acformer.evaluate.families import Reply
+from acformer.evaluate.families import Reply, family_scores
 from acformer.evaluate.generate import answer, generation_options
 from acformer.evaluate.report import as_reply, evaluate, score_replies
+from acformer.evaluate.scorers import bootstrap
 from acformer.hf.build import build_model, square_image_processor
 from acformer.hf.checkpoints import write_manifest
 from acformer.lab.paper import RECIPE
@@ -555,6 +558,14 @@ def test_questions_about_one_image_stand_or_fall_together():
     said = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"})
     first, second = (as_reply(Sample(name, said, ("a.png",), answer="yes")) for name in "ab")
     assert first.image == second.image
+
+
+def test_a_familys_interval_draws_its_images():
+    right = [Reply(str(n), "b.png" if n == 3 else "a.png", "relate-side", "?", "left", "left") for n in range(4)]
+    replies = [replace(reply, prediction="right") if reply.image == "b.png" else reply for reply in right]
+    found = family_scores(replies, right)["families"]["relate"]
+    assert found["interval"] == list(bootstrap(np.array([[3.0, 3], [0, 1]]), lambda sums: sums[..., 0] / sums[..., 1]))
+    assert (found["score"], found["blind"]) == (0.75, 1)
 
 
 # The commands
