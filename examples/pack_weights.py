@@ -57,20 +57,24 @@ from acformer.hf.checkpoints import load_model
 model, processor = load_model("embedded:acformer-scenes")
 ```"""
 LICENCE = """Weights, card and recipe: Apache-2.0. They are for DINOv2-S/14 and SmolLM2-135M-Instruct (both Apache-2.0),
-which are not here. Trained on drawings by [OpenMoji](https://openmoji.org) – the open-source emoji and icon project,
+which are not here; for the language model as `acformer fetch` brings it, quantised to 4 bits and back. Trained on
+drawings by [OpenMoji](https://openmoji.org) – the open-source emoji and icon project,
 [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/) – composed into scenes over photographs and textures of
 scikit-image's (public domain or CC0). The images in `examples/` are such scenes: adaptations, under CC BY-SA 4.0."""
 
 
-def pack(source: str, out: Path, *, data: str = "", limit: int = 2000, notes: str = "") -> dict[str, Any]:
+def pack(
+    source: str, out: Path, *, data: str = "", limit: int = 2000, notes: str = "", recipe_file: Path | None = None
+) -> dict[str, Any]:
     """Write the folder, in place of an older one; returns the scores, and the share of `equal` answers.
 
     data: questions with answers; by default the test questions of the scenes that the model was trained on.
+    recipe_file: where that is not in the run's folder.
 
     Raises:
         CheckpointError: too large, too many other answers than the source's, or what `export_parts` says.
     """
-    recipe = load_recipe(str(Path(model_folder(source)).parents[1] / RECIPE))
+    recipe = load_recipe(str(recipe_file or Path(model_folder(source)).parents[1] / RECIPE))
     trained_on = data_title((recipe.finetune or recipe.pretrain).data).partition(":")[0]
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as place:
@@ -165,9 +169,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--limit", type=int, default=2000, help="test questions (default 2000)")
     parser.add_argument("--notes", type=Path, help="Markdown for the card: the table that the model is from, its seeds")
+    parser.add_argument("--recipe", type=Path, help="default: recipe.yaml of the run")
     asked = parser.parse_args()
     notes = asked.notes.read_text(encoding="utf-8") if asked.notes else ""
-    scores = pack(asked.model, asked.out, limit=asked.limit, notes=notes)
+    scores = pack(asked.model, asked.out, limit=asked.limit, notes=notes, recipe_file=asked.recipe)
     for key in ("num_questions", "accuracy", "interval", "blind_accuracy", "equal", "source_accuracy"):
         print(f"{key:<16} {scores[key]}")
     if scores["interval"][0] < scores["blind_accuracy"] + 0.1:

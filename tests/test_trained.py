@@ -138,6 +138,15 @@ def test_connector_and_adapter_alone_give_the_same_model(run, tmp_path, cache):
     assert str(tmp_path) not in text
 
 
+def test_what_is_in_bf16_already_loses_nothing(recipe, tmp_path, cache):  # noqa: F811
+    source = train(recipe(*PARTS, *LORA, "model.dtype=bfloat16"), progress=False)
+    out = export_parts(str(source), tmp_path / "small")
+    assert json.loads((out / "base/parts.json").read_text())["dtype"] == "bfloat16"
+    before, after = load_model(str(source))[0].state_dict(), load_model(str(out))[0].state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_it_can_be_moved_and_made_whole(run, tmp_path, cache, capsys):
     assert main(["export", str(run), "--format", "parts", "--out", str(tmp_path / "small")]) == 0
     moved = tmp_path / "elsewhere"

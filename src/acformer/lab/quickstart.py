@@ -44,6 +44,8 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
     ships = has_weights(trained)
     with _timed(phases, "fetch"):
         fetch_models(["dinov2-s14", "easy-vqa", *([trained] if ships else [])], progress=progress)
+    with _timed(phases, f"ask {trained}"):  # before the training, for which its memory is free again
+        scene = _ask_about_a_scene() if ships else None
     with _timed(phases, "train"):
         folder = train(load_recipe("tiny", [f"output_dir={out}", "resume=false", *overrides]), progress=progress)
     with _timed(phases, "evaluate"):
@@ -52,8 +54,6 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
         record_scores(str(folder), scores)
     with _timed(phases, "ask and draw"):
         shown = [_show(parts, sample, out) for sample in _three(evaluation_samples("easy-vqa", limit))]
-    with _timed(phases, f"ask {trained}"):
-        scene = _ask_about_a_scene() if ships else None
     report = {
         **scores,
         "seconds": round(sum(seconds for phase, seconds in phases.items() if phase != "fetch"), 1),
