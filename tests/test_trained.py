@@ -293,7 +293,9 @@ def test_ask_without_a_model(shipped, cache, capsys):
     assert main(["ask", image, "what colour?", *options]) == 4
     assert "run `acformer fetch acformer-scenes` first" in capsys.readouterr().err
     assert main(["fetch", NAME, "--quiet"]) == 0
-    assert capsys.readouterr().out == f"{NAME:<15} {cache / NAME}\n"
+    folder, told = capsys.readouterr().out.splitlines()
+    assert folder == f"{NAME:<15} {cache / NAME}"
+    assert told.endswith(f'acformer ask {cache / NAME / EXAMPLES / "0.png"} "what colour?"')
     printed = []
     for words in ([image], [f"embedded:{NAME}", image], [str(shipped), image]):
         assert main(["ask", *words, "what colour?", *options]) == 0

@@ -1,6 +1,7 @@
 """`acformer fetch`: the embedded weights and data."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -18,14 +19,19 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """The folder of each name."""
+    """The folder of each name, and how to ask a trained model of ours."""
     from acformer.fetch.embedded import fetch
     from acformer.fetch.trained import TRAINED
 
-    bring = fetch
-    if TRAINED.keys() & set(arguments.names):  # the others need neither torch nor transformers
-        from acformer.hf.trained import fetch_models
+    how = {"index_url": arguments.index_url, "progress": not arguments.quiet}
+    if not TRAINED.keys() & set(arguments.names):  # which need neither torch nor transformers
+        return _listed(fetch(arguments.names or None, **how))
+    from acformer.hf.trained import examples, fetch_models
 
-        bring = fetch_models
-    found = bring(arguments.names or None, index_url=arguments.index_url, progress=not arguments.quiet)
+    found = fetch_models(arguments.names, **how)
+    shown = [one for name in TRAINED.keys() & set(found) for one in examples(found[name])[:1]]
+    return "\n".join([_listed(found), *(f'ask it          acformer ask {one.image} "{one.question}"' for one in shown)])
+
+
+def _listed(found: dict[str, Path]) -> str:
     return "\n".join(f"{name:<15} {folder}" for name, folder in found.items())
