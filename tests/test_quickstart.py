@@ -61,6 +61,7 @@ def fetched(tmp_path, monkeypatch):
     made_up_cache(tmp_path / "cache")
     monkeypatch.setattr(embedded, "_is_fetched", lambda entry: True)
     monkeypatch.setattr(trained, "PLACES", (tmp_path / "weights",))
+    monkeypatch.setattr(trained, "DEFAULT", "acformer-scenes")
     made_up_model(tmp_path / "cache/acformer-scenes", tmp_path / "weights")
 
 
@@ -112,8 +113,8 @@ def test_quickstart_reports_what_it_did(tmp_path, capsys):
 
 @pytest.mark.lab
 @pytest.mark.usefixtures("fetched")
-def test_without_weights_of_a_trained_model_it_does_the_rest(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trained, "PLACES", ())
+def test_without_a_trained_model_it_does_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trained, "DEFAULT", None)
     quickstart(tmp_path / "out", SMALL, limit=20, progress=False)
     assert json.loads((tmp_path / "out/report.json").read_text())["scene"] is None
     assert "which was trained before" not in capsys.readouterr().out

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from acformer.fetch import trained
+from acformer.fetch.embedded import PREFIX
+
 ENCODER = "embedded:dinov2-s14"
-MODEL_HELP = "a model folder, a run's folder, a hub name or embedded:acformer-scenes"
-MODEL = "embedded:acformer-scenes"
-"""The model that answers where none is named."""
+MODEL_HELP = "a model folder, a run's folder or a hub name"
 ENCODER_HELP = f"encoder: {ENCODER} (default), hub name, folder, timm:NAME, open_clip:NAME@WEIGHTS"
 
 
@@ -42,6 +43,11 @@ def load(arguments: argparse.Namespace) -> Any:
 
     dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     return load_model(arguments.model, dtype=dtype, device=parse_device(arguments.device))
+
+
+def default_model() -> str | None:
+    """The model that answers where none is named; None where there is none that is good enough."""
+    return None if trained.DEFAULT is None else PREFIX + trained.DEFAULT
 
 
 def positive(text: str) -> int:

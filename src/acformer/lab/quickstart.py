@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from acformer.commands.arguments import MODEL
+from acformer.commands.arguments import default_model
 from acformer.data.sources import Sample
 from acformer.evaluate.card_scores import record_scores
 from acformer.evaluate.generate import ask
 from acformer.evaluate.report import evaluate, evaluation_samples, question_text
 from acformer.fetch.embedded import PREFIX
-from acformer.fetch.trained import has_weights
 from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.checkpoints import load_model, model_folder
@@ -32,20 +31,20 @@ Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, progress: bool = True) -> dict[str, Any]:
     """Fetch, train the `tiny` recipe, evaluate it on easy-VQA, ask three questions, draw the anchors, report.
 
-    A trained model of ours (`acformer-scenes`) is asked, too, about an image that comes with it; `report.json` has it
-    as `scene`, null where this installation has no weights of it.
+    A trained model of ours (`default_model`), if there is one, is asked, too, about an image that comes with it;
+    `report.json` has that as `scene`, or null.
 
     Everything lies under `out`; `report.json` holds accuracy, num_questions, blind_accuracy, num_image_tokens,
     num_vision_tokens, seconds (without the fetch) and seconds per phase. `limit`: test questions. What an earlier call
     has trained there is trained again, so that the seconds are true.
     """
     phases: dict[str, float] = {}
-    trained = MODEL.removeprefix(PREFIX)
-    ships = has_weights(trained)
+    name = default_model()
+    ours = [name.removeprefix(PREFIX)] if name else []
     with _timed(phases, "fetch"):
-        fetch_models(["dinov2-s14", "easy-vqa", *([trained] if ships else [])], progress=progress)
-    with _timed(phases, f"ask {trained}"):  # before the training, for which its memory is free again
-        scene = _ask_about_a_scene() if ships else None
+        fetch_models(["dinov2-s14", "easy-vqa", *ours], progress=progress)
+    with _timed(phases, "ask a trained model"):  # before the training, for which its memory is free again
+        scene = _ask_about_a_scene(name) if name else None
     with _timed(phases, "train"):
         folder = train(load_recipe("tiny", [f"output_dir={out}", "resume=false", *overrides]), progress=progress)
     with _timed(phases, "evaluate"):
@@ -99,11 +98,11 @@ def _show(parts: Parts, sample: Sample, out: Path) -> dict[str, Any]:
     return {"question": question, "said": prediction, "answer": sample.answer, "picture": str(shown)}
 
 
-def _ask_about_a_scene() -> dict[str, Any]:
+def _ask_about_a_scene(name: str) -> dict[str, Any]:
     """The questions of the first image that comes with our trained model, what it says, and what is right."""
-    shown = examples(Path(model_folder(MODEL)))
+    shown = examples(Path(model_folder(name)))
     first = [one for one in shown if one.image == shown[0].image]
-    model, processor = load_model(MODEL)
+    model, processor = load_model(name)
     tokens = VisualTokenCache(model, processor)  # the image is encoded once
     asked = [
         {
@@ -113,7 +112,7 @@ def _ask_about_a_scene() -> dict[str, Any]:
         }
         for one in first
     ]
-    return {"model": MODEL, "picture": str(first[0].image), "asked": asked}
+    return {"model": name, "picture": str(first[0].image), "asked": asked}
 
 
 def _report_text(report: dict[str, Any], out: Path) -> str:

@@ -5,14 +5,15 @@ import shutil
 import sys
 from typing import Any
 
-from acformer.commands.arguments import MODEL, MODEL_HELP, add_device, positive
+from acformer.commands.arguments import MODEL_HELP, add_device, default_model, positive
 from acformer.errors import UsageError
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("demo", parents=[common], help="a local page: see the anchors, move them, ask")
-    default = f"{MODEL} if it was fetched, else the newest quickstart, else anchors alone"
+    ours = f"{default_model()} if it was fetched, else " if default_model() else ""
+    default = f"{ours}the newest quickstart, else anchors alone"
     sub.add_argument("--model", help=f"{MODEL_HELP} (default: {default})")
     sub.add_argument("--compare", metavar="MODEL", help="a second model that answers beside the first")
     sub.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from acformer.commands.arguments import MODEL
+from acformer.commands.arguments import default_model
 from acformer.errors import CheckpointError, UsageError
 from acformer.fetch.embedded import resolve
 from acformer.hf.build import square_image_processor
@@ -39,7 +39,7 @@ class PageSetup:
 def set_up_page(model: str | None, compare: str | None, dtype: torch.dtype | str, device: torch.device) -> PageSetup:
     """Load what was named; without a model ours, the newest run in `runs/quickstart`, or the encoder alone.
 
-    Ours (`acformer-scenes`) is taken where it was fetched, and brings images and questions of its own.
+    Ours (`default_model`) is taken where it was fetched, and brings images and questions of its own.
 
     Raises:
         UsageError: a model to compare, and none to compare it with.
@@ -66,8 +66,9 @@ def set_up_page(model: str | None, compare: str | None, dtype: torch.dtype | str
 
 def _to_begin_with(folder: Path) -> tuple[dict[str, Image.Image], tuple[str, ...]]:
     """Images, and questions about the first: a model's own, else those of the data that it was trained on."""
-    data, own = trained_on(folder), examples(folder)
+    own = examples(folder)
     if not own:
+        data = trained_on(folder)
         return images(data), questions(data)
     paths = list(dict.fromkeys(one.image for one in own))[:3]
     shown = {f"Scene {number}": load_image(path) for number, path in enumerate(paths, 1)}
@@ -75,9 +76,10 @@ def _to_begin_with(folder: Path) -> tuple[dict[str, Image.Image], tuple[str, ...
 
 
 def fetched_model() -> str | None:
-    """The model that answers where none is named, if it is in the cache."""
+    """The model that answers where none is named, if there is one and it is in the cache."""
+    name = default_model()
     try:
-        return resolve(MODEL) and MODEL
+        return name and resolve(name) and name
     except CheckpointError:
         return None
 
