@@ -6,7 +6,8 @@ A model of random weights (what it says means nothing, what it costs is right): 
 small encoder, `acformer` as connector, whose weights serve every budget, and a language model of 38 M parameters. One
 server; a round asks it at each budget, in turn, so that what else the machine does falls on all of them. The server's
 CPU time is taken, too: other processes change it little. Every request has an image of its own, so no cache of prompts
-helps. Needs `acformer[serve]` (or vLLM's environment) and psutil.
+helps. The floor of a request is its arithmetic at the rate of a matrix product measured before (steps of an answer: the
+weights read once for all clients, where that takes longer). Needs `acformer[serve]` (or vLLM's environment) and psutil.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil
 from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import train_tokenizer
+from acformer.lab.bench.roofline import counted_flops, encoder_flops, text_flops, text_weights
+from acformer.lab.bench.timing import MeasuredPeak, Variant, measure
 from acformer.provenance import machine
 
 BUDGETS = (577, 145, 65)
@@ -42,8 +45,8 @@ CLIENTS, NEW_TOKENS, PORT = 8, 16, 8765
 CPU_VLLM = "--dtype float32 --enforce-eager --max-model-len 1024 --gpu-memory-utilization 0.1 --max-num-seqs 8"
 
 
-def save_model(folder: str) -> int:
-    """Saves it; gives the language model's parameters."""
+def save_model(folder: str) -> AcFormerForConditionalGeneration:
+    """Builds it and saves it."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["what is in the image? a cat, a dog and a house"], 320)
     vision = CLIPVisionConfig(
@@ -88,7 +91,22 @@ def save_model(folder: str) -> int:
         num_placeholders=config.num_placeholders,
         budgets=config.budgets,
     ).save_pretrained(folder)
-    return sum(one.numel() for one in model.model.language_model.parameters())
+    return model
+
+
+def floor_seconds(model: AcFormerForConditionalGeneration, budget: int, question: int, peak: MeasuredPeak) -> float:
+    """Seconds of a request at least, of eight that are computed together.
+
+    question: tokens of the prompt beside the image's.
+    """
+    config, connector = model.config, model.model.connector
+    text, prompt = config.text_config, budget + question
+    connected = counted_flops(connector, lambda on_meta, features: on_meta(features, budget))
+    first = encoder_flops(config.vision_config, (24, 24), config.feature_layer) + connected + text_flops(text, prompt)
+    steps = [text_flops(text, 1, past) for past in range(prompt, prompt + NEW_TOKENS - 1)]
+    read = torch.float32.itemsize * text_weights(text) / CLIENTS
+    parts = [(first, 0.0), *((flops, read) for flops in steps)]
+    return sum(peak.roofline(Variant(lambda: None, flops, nbytes)) for flops, nbytes in parts)
 
 
 @contextlib.contextmanager
@@ -122,10 +140,10 @@ def image_url(seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, float]:
-    """Seconds until the first token and until the last."""
+def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, int]:
+    """Seconds until the first token; tokens of the prompt."""
     parts: list[Any] = [{"type": "image_url", "image_url": {"url": image_url(seed)}}, {"type": "text", "text": "what?"}]
-    begin, first = time.perf_counter(), 0.0
+    begin, first, prompt = time.perf_counter(), 0.0, 0
     stream = client.chat.completions.create(
         model="model",
         messages=[{"role": "user", "content": parts}],
@@ -139,7 +157,8 @@ def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, float]:
             first = time.perf_counter() - begin
         if chunk.usage is not None and chunk.usage.completion_tokens != NEW_TOKENS:
             raise RuntimeError(f"{chunk.usage.completion_tokens} tokens came, not {NEW_TOKENS}")
-    return first, time.perf_counter() - begin
+        prompt = chunk.usage.prompt_tokens if chunk.usage is not None else prompt
+    return first, prompt
 
 
 def cpu_seconds(server: psutil.Process) -> float:
@@ -170,16 +189,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     rounds: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
+    peak = measure({}, torch.device("cpu"), torch.float32, 5).peak
     with tempfile.TemporaryDirectory() as folder:
-        parameters = save_model(folder)
+        model = save_model(folder)
         with served(folder, arguments.engine) as (client, server):
-            for budget in BUDGETS:
-                ask(client, budget, 10_000 + budget)
+            prompts = {budget: ask(client, budget, 10_000 + budget)[1] for budget in BUDGETS}
             number = 0
             for turn in range(arguments.rounds):
                 for budget in BUDGETS[turn % 3 :] + BUDGETS[: turn % 3]:
                     rounds[budget].append(one_round(client, server, budget, number))
                     number += 1
+    floors = {budget: floor_seconds(model, budget, prompts[budget] - budget, peak) for budget in BUDGETS}
     names = list(rounds[577][0])
     medians = {b: {name: statistics.median(one[name] for one in rows) for name in names} for b, rows in rounds.items()}
     ratios = {
@@ -194,7 +214,11 @@ def main() -> None:
         **machine(),
         "threads_of_the_server": os.environ.get("OMP_NUM_THREADS", "all"),
         "engine": arguments.engine,
-        "language_model_parameters": parameters,
+        "language_model_parameters": sum(one.numel() for one in model.model.language_model.parameters()),
+        "gflop_per_s": peak.flops / 1e9,
+        "gb_per_s": peak.nbytes / 1e9,
+        "prompt_tokens": prompts,
+        "floor_s_per_request": floors,
         "clients": CLIENTS,
         "new_tokens": NEW_TOKENS,
         "medians": medians,
@@ -202,7 +226,7 @@ def main() -> None:
         "rounds": rounds,
     }
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({"medians": medians, "577_over_it": ratios}, indent=1))
+    print(json.dumps({"medians": medians, "577_over_it": ratios, "floor_s_per_request": floors}, indent=1))
 
 
 if __name__ == "__main__":
