@@ -1,13 +1,15 @@
 """First token and throughput of `acformer serve` at 577, 145 and 65 visual tokens under eight clients, side by side.
 
-    python examples/serving_load.py OUT.json [--engine vllm] [--rounds 4]
+    python examples/serving_load.py OUT.json [--engine vllm] [--rounds 3]
 
 A model of random weights (what it says means nothing, what it costs is right): 336-pixel images in 24 x 24 patches, a
 small encoder, `acformer` as connector, whose weights serve every budget, and a language model of 38 M parameters. One
 server; a round asks it at each budget, in turn, so that what else the machine does falls on all of them. The server's
 CPU time is taken, too: other processes change it little. Every request has an image of its own, so no cache of prompts
-helps. The floor of a request is its arithmetic at the rate of a matrix product measured before (steps of an answer: the
-weights read once for all clients, where that takes longer). Needs `acformer[serve]` (or vLLM's environment) and psutil.
+helps, and a round before those that count warms up. The floor of a request is its arithmetic at the rate of a matrix
+product measured before; of a step of an answer the time to read the weights, where that is longer: once for all clients
+in vLLM, which computes them together, once for each on transformers, which answers one after the other. Needs
+`acformer[serve]` (or vLLM's environment) and psutil.
 """
 
 import argparse
@@ -94,17 +96,19 @@ def save_model(folder: str) -> AcFormerForConditionalGeneration:
     return model
 
 
-def floor_seconds(model: AcFormerForConditionalGeneration, budget: int, question: int, peak: MeasuredPeak) -> float:
-    """Seconds of a request at least, of eight that are computed together.
+def floor_seconds(
+    model: AcFormerForConditionalGeneration, budget: int, prompt: int, peak: MeasuredPeak, together: int
+) -> float:
+    """Seconds of a request at least.
 
-    question: tokens of the prompt beside the image's.
+    prompt: its tokens, image included. together: requests for which a step reads the weights once.
     """
     config, connector = model.config, model.model.connector
-    text, prompt = config.text_config, budget + question
+    text = config.text_config
     connected = counted_flops(connector, lambda on_meta, features: on_meta(features, budget))
     first = encoder_flops(config.vision_config, (24, 24), config.feature_layer) + connected + text_flops(text, prompt)
     steps = [text_flops(text, 1, past) for past in range(prompt, prompt + NEW_TOKENS - 1)]
-    read = torch.float32.itemsize * text_weights(text) / CLIENTS
+    read = torch.float32.itemsize * text_weights(text) / together
     parts = [(first, 0.0), *((flops, read) for flops in steps)]
     return sum(peak.roofline(Variant(lambda: None, flops, nbytes)) for flops, nbytes in parts)
 
@@ -186,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     rounds: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
     peak = measure({}, torch.device("cpu"), torch.float32, 5).peak
@@ -195,11 +199,14 @@ def main() -> None:
         with served(folder, arguments.engine) as (client, server):
             prompts = {budget: ask(client, budget, 10_000 + budget)[1] for budget in BUDGETS}
             number = 0
+            for budget in BUDGETS:
+                one_round(client, server, budget, 1000 + budget)
             for turn in range(arguments.rounds):
                 for budget in BUDGETS[turn % 3 :] + BUDGETS[: turn % 3]:
                     rounds[budget].append(one_round(client, server, budget, number))
                     number += 1
-    floors = {budget: floor_seconds(model, budget, prompts[budget] - budget, peak) for budget in BUDGETS}
+    together = CLIENTS if arguments.engine == "vllm" else 1
+    floors = {budget: floor_seconds(model, budget, prompts[budget], peak, together) for budget in BUDGETS}
     names = list(rounds[577][0])
     medians = {b: {name: statistics.median(one[name] for one in rows) for name in names} for b, rows in rounds.items()}
     ratios = {
