@@ -98,7 +98,7 @@ def reload_of_quanto(model, folder, tmp_path):
     from optimum.quanto import quantization_map, requantize
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(UsageError, match="QuantoHfQuantizer: transformers cannot save .* quantization_map"):
+    with pytest.raises(UsageError, match=r"QuantoHfQuantizer: transformers cannot save .* quantization_map"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     save_file(model.state_dict(), tmp_path / "quantised.safetensors")
