@@ -95,7 +95,7 @@ def saver(recipe: Recipe, stage: str, model: Any) -> Saver | None:
 def _named_parts(recipe: Recipe, stage: str) -> Parts:
     """The parts that a stage starts from, as its folders name them."""
     start = origin(recipe, stage)
-    names = {role: name and _named(recipe, stage, name) for role, name in _roles(start).items()}
+    names: dict[str, Any] = {role: name and _named(recipe, stage, name) for role, name in _roles(start).items()}
     return replace(start, **names)
 
 
