@@ -1,12 +1,15 @@
 """First token and throughput of `acformer serve` at 577, 145 and 65 visual tokens under eight clients, side by side.
 
-    python examples/serving_load.py OUT.json [--engine vllm] [--rounds 4]
+    python examples/serving_load.py OUT.json [--engine vllm] [--rounds 3]
 
 A model of random weights (what it says means nothing, what it costs is right): 336-pixel images in 24 x 24 patches, a
 small encoder, `acformer` as connector, whose weights serve every budget, and a language model of 38 M parameters. One
 server; a round asks it at each budget, in turn, so that what else the machine does falls on all of them. The server's
 CPU time is taken, too: other processes change it little. Every request has an image of its own, so no cache of prompts
-helps. Needs `acformer[serve]` (or vLLM's environment) and psutil.
+helps, and a round before those that count warms up. The floor of a request is its arithmetic at the rate of a matrix
+product measured before; of a step of an answer the time to read the weights, where that is longer: once for all clients
+in vLLM, which computes them together, once for each on transformers, which answers one after the other. Needs
+`acformer[serve]` (or vLLM's environment) and psutil.
 """
 
 import argparse
@@ -35,6 +38,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil
 from acformer.data.templates import TEMPLATES
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import train_tokenizer
+from acformer.lab.bench.roofline import counted_flops, encoder_flops, text_flops, text_weights
+from acformer.lab.bench.timing import MeasuredPeak, Variant, measure
 from acformer.provenance import machine
 
 BUDGETS = (577, 145, 65)
@@ -42,8 +47,8 @@ CLIENTS, NEW_TOKENS, PORT = 8, 16, 8765
 CPU_VLLM = "--dtype float32 --enforce-eager --max-model-len 1024 --gpu-memory-utilization 0.1 --max-num-seqs 8"
 
 
-def save_model(folder: str) -> int:
-    """Saves it; gives the language model's parameters."""
+def save_model(folder: str) -> AcFormerForConditionalGeneration:
+    """Builds it and saves it."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["what is in the image? a cat, a dog and a house"], 320)
     vision = CLIPVisionConfig(
@@ -88,7 +93,24 @@ def save_model(folder: str) -> int:
         num_placeholders=config.num_placeholders,
         budgets=config.budgets,
     ).save_pretrained(folder)
-    return sum(one.numel() for one in model.model.language_model.parameters())
+    return model
+
+
+def floor_seconds(
+    model: AcFormerForConditionalGeneration, budget: int, prompt: int, peak: MeasuredPeak, together: int
+) -> float:
+    """Seconds of a request at least.
+
+    prompt: its tokens, image included. together: requests for which a step reads the weights once.
+    """
+    config, connector = model.config, model.model.connector
+    text = config.text_config
+    connected = counted_flops(connector, lambda on_meta, features: on_meta(features, budget))
+    first = encoder_flops(config.vision_config, (24, 24), config.feature_layer) + connected + text_flops(text, prompt)
+    steps = [text_flops(text, 1, past) for past in range(prompt, prompt + NEW_TOKENS - 1)]
+    read = torch.float32.itemsize * text_weights(text) / together
+    parts = [(first, 0.0), *((flops, read) for flops in steps)]
+    return sum(peak.roofline(Variant(lambda: None, flops, nbytes)) for flops, nbytes in parts)
 
 
 @contextlib.contextmanager
@@ -122,10 +144,10 @@ def image_url(seed: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, float]:
-    """Seconds until the first token and until the last."""
+def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, int]:
+    """Seconds until the first token; tokens of the prompt."""
     parts: list[Any] = [{"type": "image_url", "image_url": {"url": image_url(seed)}}, {"type": "text", "text": "what?"}]
-    begin, first = time.perf_counter(), 0.0
+    begin, first, prompt = time.perf_counter(), 0.0, 0
     stream = client.chat.completions.create(
         model="model",
         messages=[{"role": "user", "content": parts}],
@@ -139,7 +161,8 @@ def ask(client: openai.OpenAI, budget: int, seed: int) -> tuple[float, float]:
             first = time.perf_counter() - begin
         if chunk.usage is not None and chunk.usage.completion_tokens != NEW_TOKENS:
             raise RuntimeError(f"{chunk.usage.completion_tokens} tokens came, not {NEW_TOKENS}")
-    return first, time.perf_counter() - begin
+        prompt = chunk.usage.prompt_tokens if chunk.usage is not None else prompt
+    return first, prompt
 
 
 def cpu_seconds(server: psutil.Process) -> float:
@@ -167,19 +190,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     rounds: dict[int, list[dict[str, float]]] = {budget: [] for budget in BUDGETS}
+    peak = measure({}, torch.device("cpu"), torch.float32, 5).peak
     with tempfile.TemporaryDirectory() as folder:
-        parameters = save_model(folder)
+        model = save_model(folder)
         with served(folder, arguments.engine) as (client, server):
-            for budget in BUDGETS:
-                ask(client, budget, 10_000 + budget)
+            prompts = {budget: ask(client, budget, 10_000 + budget)[1] for budget in BUDGETS}
             number = 0
+            for budget in BUDGETS:
+                one_round(client, server, budget, 1000 + budget)
             for turn in range(arguments.rounds):
                 for budget in BUDGETS[turn % 3 :] + BUDGETS[: turn % 3]:
                     rounds[budget].append(one_round(client, server, budget, number))
                     number += 1
+    together = CLIENTS if arguments.engine == "vllm" else 1
+    floors = {budget: floor_seconds(model, budget, prompts[budget], peak, together) for budget in BUDGETS}
     names = list(rounds[577][0])
     medians = {b: {name: statistics.median(one[name] for one in rows) for name in names} for b, rows in rounds.items()}
     ratios = {
@@ -194,7 +221,11 @@ def main() -> None:
         **machine(),
         "threads_of_the_server": os.environ.get("OMP_NUM_THREADS", "all"),
         "engine": arguments.engine,
-        "language_model_parameters": parameters,
+        "language_model_parameters": sum(one.numel() for one in model.model.language_model.parameters()),
+        "gflop_per_s": peak.flops / 1e9,
+        "gb_per_s": peak.nbytes / 1e9,
+        "prompt_tokens": prompts,
+        "floor_s_per_request": floors,
         "clients": CLIENTS,
         "new_tokens": NEW_TOKENS,
         "medians": medians,
@@ -202,7 +233,7 @@ def main() -> None:
         "rounds": rounds,
     }
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({"medians": medians, "577_over_it": ratios}, indent=1))
+    print(json.dumps({"medians": medians, "577_over_it": ratios, "floor_s_per_request": floors}, indent=1))
 
 
 if __name__ == "__main__":

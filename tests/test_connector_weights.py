@@ -30,7 +30,9 @@ def test_stage_one_saves_the_connector_and_where_the_rest_is(alone, recipe, text
     assert verify_folder(alone) is None
     assert [path.name for path in alone.glob("*.safetensors")] == ["connector.safetensors"]
     parts = json.loads((alone / "parts.json").read_text())
-    assert (parts["vision"], parts["text"]) == (str(data / "vision"), text.partition("=")[2])
+    assert (parts["vision"], parts["text"]) == ("local:vision", "local:text")
+    places = json.loads((alone.parent / "places.json").read_text())
+    assert places == {"vision": str(data / "vision"), "text": text.partition("=")[2]}
     whole = train(recipe("stage=pretrain", text, f"output_dir={tmp_path}/whole"), progress=False)
     assert same(load_model(str(alone))[0].state_dict(), load_model(str(whole))[0].state_dict())
     assert (

@@ -9,6 +9,7 @@ import tiny
 import torch
 from transformers import CONFIG_MAPPING
 
+from acformer.errors import UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
 from acformer.hf.skipped_modules import with_full_names
 
@@ -97,8 +98,9 @@ def reload_of_quanto(model, folder, tmp_path):
     from optimum.quanto import quantization_map, requantize
     from safetensors.torch import load_file, save_file
 
-    with pytest.raises(ValueError, match="not serializable"):
+    with pytest.raises(UsageError, match=r"QuantoHfQuantizer: transformers cannot save .* quantization_map"):
         model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     save_file(model.state_dict(), tmp_path / "quantised.safetensors")
     (tmp_path / "map.json").write_text(json.dumps(quantization_map(model)))
     again = AcFormerForConditionalGeneration.from_pretrained(folder)
@@ -115,6 +117,14 @@ def test_names_as_users_give_them(name):
     assert len(vars(given)[name]) == 4, "the config that was given stays as it is"
     assert with_full_names(None) is None
     assert vars(with_full_names(SimpleNamespace(**{name: None}))) == {name: None}
+
+
+def test_few_bits_that_cannot_be_saved_are_refused(tmp_path):
+    model = tiny.model()
+    model.hf_quantizer = SimpleNamespace(is_serializable=lambda: False)
+    with pytest.raises(UsageError, match="transformers cannot save weights in its few bits; save state_dict"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_buffer_that_no_constructor_gives_keeps_its_value(folder):

@@ -519,6 +519,18 @@ def test_others_are_let_in_with_a_word(tmp_path, monkeypatch, capsys):
         assert ("set ACFORMER_API_KEY" in capsys.readouterr().err) is warns
 
 
+@pytest.mark.parametrize("part", ["adapter", "connector"])
+def test_vllm_is_not_given_a_part_of_a_model(part, tmp_path, capsys):
+    if part == "adapter":
+        (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/model"}')
+        (tmp_path / "adapter_model.safetensors").touch()
+    else:
+        tiny.model().config.save_pretrained(tmp_path)
+        (tmp_path / "parts.json").write_text('{"vision": "me/encoder", "text": "me/text"}')
+    assert cli.main(["serve", str(tmp_path), "--engine", "vllm"]) == 2
+    assert f"vLLM reads whole ones: acformer merge {tmp_path} --out FOLDER" in capsys.readouterr().err
+
+
 def test_the_command_line_of_vllm(monkeypatch):
     monkeypatch.setattr("acformer.serving.vllm_server.find_spec", lambda name: True)
     words = command("folder", "name", "127.0.0.1", 8000, 9, Limits(max_images=3), "--max-model-len 1024")

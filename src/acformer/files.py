@@ -65,23 +65,6 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def located(folder: Path, name: str) -> str:
-    """Another folder as a file in `folder` names it: `../x` is meant from there, anything else stays as it is."""
-    return str((folder / name).resolve()) if name.startswith(".") else name
-
-
-def naming(folder: Path, name: str, within: Path) -> str:
-    """How a file in `folder` names another folder: what moves with it (inside `within`) by the way there, else whole.
-
-    A name that is no folder here (a hub's) stays as it is.
-    """
-    path = Path(name)
-    if not path.is_dir():
-        return name
-    is_inside = path.resolve().is_relative_to(within.resolve())
-    return Path(os.path.relpath(path, folder)).as_posix() if is_inside else str(path.resolve())
-
-
 def flush_to_disk(path: Path) -> None:
     """What was written is on the disk afterwards (Windows wants the file open for writing)."""
     with path.open("rb+") as file:

@@ -30,6 +30,7 @@ from acformer.errors import DataError, ImageError
 from acformer.evaluate.generate import answer
 from acformer.files import locked, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.public_names import as_recorded
 from acformer.hf.publish import weights_fingerprint
 
 Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
@@ -71,7 +72,7 @@ def evaluate_benchmark(
         DataError: files or images that are missing; answers of another run in the folder.
         UsageError: a number of visual tokens that the connector cannot give.
     """
-    benchmark = BENCHMARKS[name]
+    benchmark, model_name = BENCHMARKS[name], as_recorded(model_name)
     folder = open_folder(root, images=True)
     questions = benchmark.questions(folder)[:limit]
     images = find_images(folder, questions)
@@ -190,7 +191,8 @@ class Job:
                 for number in numbers:
                     yield from self._answer([number])
             else:
-                yield self._line(numbers[0], "", str(error))
+                name = str(self.questions[numbers[0]].image)
+                yield self._line(numbers[0], "", str(error).replace(str(self.images[numbers[0]]), name))
         else:
             for number, text in zip(numbers, said, strict=True):
                 yield self._line(number, text)

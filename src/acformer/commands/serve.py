@@ -95,8 +95,15 @@ def _serve(arguments: argparse.Namespace, name: str, limits: Any) -> None:
 
 def _become_vllm(arguments: argparse.Namespace, folder: str, name: str, limits: Any) -> None:
     from acformer.hf import AcFormerProcessor
+    from acformer.hf.adapters import adapter_base
+    from acformer.hf.connector_weights import read_parts
     from acformer.serving.vllm_server import SETTINGS, command, settings
 
+    if adapter_base(Path(folder)) is not None or read_parts(Path(folder)) is not None:
+        raise UsageError(
+            f"{arguments.model} holds a part of a model, and vLLM reads whole ones: acformer merge {arguments.model} "
+            "--out FOLDER, then serve that"
+        )
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"no model in {arguments.model}: there is no config.json")
     processor = AcFormerProcessor.from_pretrained(folder)

@@ -18,6 +18,7 @@ from acformer.evaluate.resume import resumed
 from acformer.evaluate.scorers import accuracy_by_kind, interval
 from acformer.files import locked, whole_file, write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
+from acformer.hf.public_names import as_recorded
 from acformer.hf.publish import weights_fingerprint
 
 
@@ -105,7 +106,7 @@ def score_replies(data: str, replies: Sequence[Reply]) -> dict[str, Any]:
     correct = [reply.right for reply in replies]
     low, high = interval(correct, [reply.image for reply in replies])
     return {
-        "data": data,
+        "data": as_recorded(data),
         "accuracy": sum(correct) / len(correct),
         "interval": [low, high],
         "num_questions": len(replies),

@@ -29,6 +29,8 @@ from acformer.hf.checkpoints import load_model, write_manifest
 
 TOLERANCE = 1e-4
 """By which a graph's output may differ from the model's, of its largest value where that is above 1."""
+TRACE = "stack_trace"
+"""What exporters write beside every node: the lines of the source that made it, in the folders of this machine."""
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -162,8 +164,11 @@ def _program(graph: Graph) -> Any:
 
 
 def _write_torch(graph: Graph, folder: Path) -> Path:
-    path = folder / f"{graph.name}.pt2"
-    torch.export.save(_program(graph), path)
+    path, program = folder / f"{graph.name}.pt2", _program(graph)
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop(TRACE, None)
+    torch.export.save(program, path)
     return path
 
 
@@ -181,6 +186,9 @@ def _write_onnx(graph: Graph, folder: Path) -> Path:
         output_names=[graph.output],
         verbose=False,
     )
+    for nodes in (made.model.graph.all_nodes(), *(one.all_nodes() for one in made.model.functions.values())):
+        for node in nodes:
+            node.metadata_props.pop(f"pkg.torch.onnx.{TRACE}", None)
     made.save(path)  # weights of more than 2 GB go into a file beside it
     return path
 

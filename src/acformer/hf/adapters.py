@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acformer.errors import CheckpointError, UsageError, translated
-from acformer.files import located
+from acformer.hf.local_parts import located
 from acformer.untrusted import read_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def adapter_base(folder: Path) -> str | None:
         raise CheckpointError(f"{folder / CONFIG} has megatron_config, for which PEFT would import a module it names")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{folder / CONFIG} does not name its base model (base_model_name_or_path)")
-    base = located(folder, base)
+    base = located(folder, base, "base")
     if (Path(base) / CONFIG).is_file():
         raise CheckpointError(f"{folder} is an adapter of {base}, which is an adapter itself: merge that first")
     return base

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from acformer.connectors import CONNECTORS, connector_options
 from acformer.errors import CheckpointError
-from acformer.files import located, write_text
+from acformer.files import write_text
 from acformer.hf.adapters import PREFIX
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.convert import mlp_from_llava
+from acformer.hf.local_parts import located
 from acformer.untrusted import read_weights, refuse_files_outside
 from acformer.vision.load import placement
 
@@ -67,7 +68,8 @@ def read_parts(folder: Path) -> Parts | None:
         raise CheckpointError(f"{folder / PARTS} does not say where the model's other weights are") from error
     if not is_whole:
         raise CheckpointError(f"{folder / PARTS} names neither a model nor an encoder and a language model")
-    return Parts(**{**values, "model": located(folder, parts.model)}) if parts.model else parts
+    roles = ("model",) if parts.model else ("vision", "text")
+    return Parts(**{**values, **{role: located(folder, values[role], role) for role in roles}})
 
 
 def load_connector(model: Any, source: str) -> None:

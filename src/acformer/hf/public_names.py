@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("timm", "open_clip")
+STAGES = ("finetune", "pretrain", "model")
+"""Folders of a run, whose names do not say whose model lies in them."""
 
 
 def is_local(name: str) -> bool:
@@ -27,6 +29,26 @@ def public_name(name: str | None) -> str:
         model = "local-dir" if model.startswith("local-dir:") else model
         return f"{library}:{model}@{weights}" if weights and not is_local(weights) else f"{library}:{model}"
     return "" if is_local(name) else name
+
+
+def last_name(path: str) -> str:
+    """A path's last part that says something: `x` of `/runs/x/finetune/model`."""
+    parts = [part for part in re.split(r"[\\/]", path) if part]
+    return next((part for part in reversed(parts) if part not in STAGES), parts[-1] if parts else "")
+
+
+def as_recorded(name: str) -> str:
+    """A model or data as a record of scores names it: what lies under the working folder by the way there.
+
+    Of any other path the last part; a name of a hub, of a data set or of a library as it is, without a file.
+    """
+    if name.partition(":")[0] in LIBRARIES:
+        return public_name(name)
+    path = Path(name)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd()).as_posix()
+    is_elsewhere = path.is_absolute() or ".." in path.parts or name.startswith("~") or re.match(r"[A-Za-z]:[\\/]", name)
+    return last_name(name) if is_elsewhere else name
 
 
 def without_paths(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 
+from acformer.errors import UsageError
 from acformer.hf.auto_map import IS_INSTALLED, write_modules
 
 CARD = "README.md"
@@ -36,7 +37,16 @@ class Published:
         """As transformers', and what the folder needs to explain itself; with `push_to_hub` the whole folder is sent.
 
         repo_id and other options of `push_to_hub` are taken with it; by default the repository has the folder's name.
+
+        Raises:
+            UsageError: weights in few bits that transformers cannot save (quanto's).
         """
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_serializable():
+            raise UsageError(
+                f"{type(quantizer).__name__}: transformers cannot save weights in its few bits; save state_dict() and "
+                "quantization_map() as docs/export.md shows, or take bitsandbytes or torchao"
+            )
         if not IS_INSTALLED:
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)

@@ -12,10 +12,11 @@ import torch
 from transformers import TrainingArguments
 
 from acformer.errors import CheckpointError
-from acformer.files import naming, whole_folder
+from acformer.files import whole_folder
 from acformer.hf.adapters import adapter_base, load_adapter, save_adapter
 from acformer.hf.checkpoints import model_folder, save_model, verify_folder, write_manifest
 from acformer.hf.connector_weights import Parts, save_connector
+from acformer.hf.local_parts import LOCAL, naming, write_places
 from acformer.hf.quantize import quantized
 from acformer.training.distributed import tell_apart
 from acformer.training.lora import add_adapters
@@ -76,21 +77,34 @@ def origin(recipe: Recipe, stage: str) -> Parts:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def saver(recipe: Recipe, stage: str, model: Any) -> Saver | None:
     """What writes a stage's weights into a folder; None where the whole model is saved."""
     spec: StageSpec = getattr(recipe, stage)
-    start, folder = origin(recipe, stage), recipe.output / stage
     if spec.lora is not None:
-        base = naming(folder / "model", start.model or str(folder / BASE), recipe.output)
         modules = [module for module in spec.learning_rates if module != "language_model"]
-        return partial(save_adapter, model, base=base, modules=modules)
+        base = origin(recipe, stage).model or str(recipe.output / stage / BASE)
+        return partial(save_adapter, model, base=_named(recipe, stage, base), modules=modules)
     if spec.save == "connector":
-        named = replace(start, model=start.model and naming(folder / "model", start.model, recipe.output))
-        return partial(save_connector, model, parts=named)
+        return partial(save_connector, model, parts=_named_parts(recipe, stage))
     return None
+
+
+def _named_parts(recipe: Recipe, stage: str) -> Parts:
+    """The parts that a stage starts from, as its folders name them."""
+    start = origin(recipe, stage)
+    names: dict[str, Any] = {role: name and _named(recipe, stage, name) for role, name in _roles(start).items()}
+    return replace(start, **names)
+
+
+def _named(recipe: Recipe, stage: str, name: str) -> str:
+    return naming(recipe.output / stage / "model", name, recipe.output)
+
+
+def _roles(start: Parts) -> dict[str, str | None]:
+    return {"vision": start.vision, "text": start.text, "model": start.model}
 
 
 def check_base(recipe: Recipe, stage: str) -> None:
@@ -101,9 +115,19 @@ def check_base(recipe: Recipe, stage: str) -> None:
 
 
 def write_base(recipe: Recipe, stage: str, parts: Any) -> None:
-    """The model under a stage's adapters, where no folder holds it yet: encoder and language model are named there."""
+    """The model under a stage's adapters, where no folder holds it yet: encoder and language model are named there.
+
+    Of parts that are of this machine alone, their places are written beside the stage's folders.
+    """
     folder, start = recipe.output / stage / BASE, origin(recipe, stage)
-    if getattr(recipe, stage).lora is None or start.model is not None or verify_folder(folder) is None:
+    spec: StageSpec = getattr(recipe, stage)
+    if spec.lora is not None or spec.save == "connector":
+        given = {**_roles(start), "base": start.model}
+        write_places(
+            folder.parent,
+            {role: name for role, name in given.items() if name and _named(recipe, stage, name).startswith(LOCAL)},
+        )
+    if spec.lora is None or start.model is not None or verify_folder(folder) is None:
         return
     model, processor = parts
     if start.text is None:
@@ -111,6 +135,6 @@ def write_base(recipe: Recipe, stage: str, parts: Any) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as part:
-        save_connector(model, part, model.state_dict(), start)
+        save_connector(model, part, model.state_dict(), _named_parts(recipe, stage))
         processor.save_pretrained(part)
         write_manifest(part)
