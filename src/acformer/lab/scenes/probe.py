@@ -67,7 +67,7 @@ class SceneProbe(nn.Module):
         }
 
     def more(self, tokens: Float[Tensor, "B T E"], weights: Float[Tensor, "B V T"]) -> dict[str, Tensor]:
-        """What a probe with further losses predicts besides; `tokens` as they are given, weights: of each class's mean."""
+        """What a probe with further losses predicts besides; tokens as given, weights: of the mean of each class."""
         return {}
 
     def loss(self, predictions: dict[str, Tensor], targets: SceneTargets) -> Float[Tensor, ""]:
