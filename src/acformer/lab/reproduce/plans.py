@@ -320,7 +320,7 @@ SCALES = {
             budgets=(37,),
             data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
             search=Search("openmoji-scenes-small:validation", factors=(0.1, 0.3, 1.0), fraction=0.2, limit=128),
-            limit=1500,
+            limit=900,
             scaling_budget=37,
             sizes=ON_TWO_CORES,
             probe="scenes-cpu-words",
