@@ -119,6 +119,8 @@ def train_probe(recipe: Recipe, width: int = WIDTH, words: Tensor | None = None)
         DivergedError: a loss is not finite.
     """
     spec = _only_stage(recipe)
+    if recipe.model.text == WORD_PROBE and words is None:
+        raise UsageError(f"model.text {WORD_PROBE} is a probe before a language model: take it as a scale's probe")
     torch.manual_seed(recipe.seed)
     probed = _new_probe(recipe, spec, width, words)
     available = probed.difficulty.num_scenes("train")
@@ -242,9 +244,7 @@ def _new_probe(recipe: Recipe, stage: StageSpec, width: int, words: Tensor | Non
     processor = square_image_processor(encoder.tower, spec.image_size or image_size(encoder.tower.config))
     folder = cache_dir() / "features"
     cache = FeatureCache(folder, encoder, encoder.tower, processor, hidden_layers=hidden_layers, input_grid=grid)
-    if spec.text == WORD_PROBE:
-        if words is None:
-            raise UsageError(f"model.text {WORD_PROBE} is a probe before a language model: take it as a scale's probe")
+    if spec.text == WORD_PROBE and words is not None:
         torch.manual_seed(recipe.seed)  # the same start for every connector, as `paired_probe`
         probe: SceneProbe = WordProbe(difficulty, connector.num_tokens, words)
     elif spec.text == PROBE:
