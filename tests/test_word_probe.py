@@ -81,7 +81,9 @@ def test_the_words_are_the_language_models(tmp_path):
 
 
 def test_alone_it_is_refused(monkeypatch):
-    monkeypatch.setattr("acformer.lab.reproduce.train_probe.load_vision_encoder", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "acformer.lab.reproduce.train_probe.load_vision_encoder", lambda *_, **__: pytest.fail("loaded")
+    )
     recipe = table_recipe("scenes-cpu-words")
     assert recipe.model.text == WORD_PROBE
     with pytest.raises(UsageError, match="take it as a scale's probe"):

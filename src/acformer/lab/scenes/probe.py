@@ -35,7 +35,7 @@ class SceneProbe(nn.Module):
         self.fewest, most = difficulty.objects
         self.norm = nn.LayerNorm(dim)
         self.slots = nn.Parameter(0.1 * torch.randn(num_tokens, dim))
-        self.score = nn.Linear(dim, self.num_classes)
+        self.score: nn.Module = nn.Linear(dim, self.num_classes)
         self.value = nn.Sequential(nn.Linear(dim, width), nn.GELU())
         self.place = nn.Linear(width, 2)
         self.size = nn.Linear(width, 1)
