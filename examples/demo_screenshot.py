@@ -42,7 +42,7 @@ def main() -> None:
     """Serve, look, save."""
     parser = argparse.ArgumentParser(description="Take a screenshot of the page.")
     parser.add_argument("out")
-    parser.add_argument("--model", help="default: the newest quickstart; `none` for the encoder alone")
+    parser.add_argument("--model", help="default: as `acformer demo`; `none` for the encoder alone")
     parser.add_argument("--compare")
     parser.add_argument("--picture", help="the example to begin with, by name")
     parser.add_argument("--question")
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--dark", action="store_true")
     asked = parser.parse_args()
     if asked.model == "none":
-        asked.model, page_setup.RUNS = None, page_setup.RUNS / "none"
+        asked.model, page_setup.RUNS, page_setup.fetched_model = None, page_setup.RUNS / "none", lambda: None
     setup = page_setup.set_up_page(asked.model, asked.compare, "auto", torch.device("cpu"))
     names = sorted(setup.images, key=lambda name: name != asked.picture)
     page = Page(replace(setup, images={name: setup.images[name] for name in names}))

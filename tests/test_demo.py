@@ -492,7 +492,8 @@ def test_the_newest_run_opens(runs):
     assert newest_run(runs) == str(runs / "later")
 
 
-def test_setting_up_a_page(runs, monkeypatch):
+def test_setting_up_a_page(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("acformer.lab.demo.page_setup.RUNS", runs)
     setup = set_up_page(None, str(runs), "auto", torch.device("cpu"))
     assert len(setup.controller.models) == 2
@@ -512,6 +513,7 @@ def test_nothing_to_open_with(tmp_path, monkeypatch):
 @pytest.mark.embedded
 def test_setting_up_a_page_without_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr("acformer.lab.demo.page_setup.RUNS", tmp_path)
+    monkeypatch.setattr("acformer.lab.demo.page_setup.fetched_model", lambda: None)
     setup = set_up_page(None, None, "auto", torch.device("cpu"))
     assert list(setup.images) == ["A photograph", "A scene", "A shape"]
     session = setup.controller.open(setup.images["A photograph"])

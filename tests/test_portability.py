@@ -17,6 +17,7 @@ import pytest
 
 from acformer import files, provenance
 from acformer.errors import CheckpointError
+from acformer.fetch.trained import PLACES
 from acformer.hf.checkpoints import load_model, verify_folder, write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +147,12 @@ def test_the_sdist_has_what_its_tests_read():
         assert read <= included, path
     assert all((ROOT / name).exists() for name in included)
     assert all(name.startswith("/") for name in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+
+
+def test_the_wheel_has_the_trained_weights_where_they_are_looked_for():
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    places = {(ROOT / "src" / inside).resolve() for inside in included.values()}
+    assert {ROOT / folder for folder in included} | places == set(PLACES)
 
 
 def test_the_package_is_typed():

@@ -9,8 +9,10 @@ import tiny
 from transformers import CLIPVisionModel
 
 from acformer.cli import main
-from acformer.fetch import embedded
-from acformer.hf.checkpoints import save_trained
+from acformer.fetch import embedded, trained
+from acformer.fetch.trained import TRAINED
+from acformer.files import write_text
+from acformer.hf.checkpoints import save_trained, write_manifest
 from acformer.lab.quickstart import quickstart
 
 
@@ -34,6 +36,19 @@ def made_up_cache(folder):
         (folder / f"easy-vqa/{part}.jsonl").write_text(lines)
 
 
+def made_up_model(folder, weights):
+    """A trained model of ours as if it had been joined, with an image and two questions."""
+    write_text(weights / "acformer-scenes/manifest.json", "{}")
+    tiny.model().save_pretrained(folder)
+    tiny.processor().save_pretrained(folder)
+    (folder / "examples").mkdir()
+    tiny.picture(20).save(folder / "examples/0.png")
+    asked = [{"image": "0.png", "question": f"where is {what}?", "answer": "left"} for what in ("it", "he")]
+    write_text(folder / "examples/examples.json", json.dumps(asked))
+    write_text(folder / "SOURCE.json", json.dumps(embedded.joined_source(TRAINED["acformer-scenes"])))
+    write_manifest(folder)
+
+
 SMALL = ["model.image_size=16", "model.connector_kwargs.num_anchors=4"]
 for stage in ("pretrain", "finetune"):
     SMALL += [f"{stage}.training.max_steps=3", f"{stage}.training.dataloader_pin_memory=false"]
@@ -45,6 +60,9 @@ def fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
     made_up_cache(tmp_path / "cache")
     monkeypatch.setattr(embedded, "_is_fetched", lambda entry: True)
+    monkeypatch.setattr(trained, "PLACES", (tmp_path / "weights",))
+    monkeypatch.setattr(trained, "DEFAULT", "acformer-scenes")
+    made_up_model(tmp_path / "cache/acformer-scenes", tmp_path / "weights")
 
 
 @pytest.mark.lab
@@ -81,7 +99,22 @@ def test_quickstart_reports_what_it_did(tmp_path, capsys):
     assert len({asked["picture"] for asked in report["asked"]}) == 3
     assert all((out / f"anchors-{key}.png").is_file() for key in ("0-color", "1-exists-shape", "2-shape"))
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 20
+    scene = report["scene"]
+    assert [one["question"] for one in scene["asked"]] == ["where is it?", "where is he?"]
+    assert all(one["answer"] == "left" and isinstance(one["said"], str) for one in scene["asked"])
     said = capsys.readouterr().out
+    assert scene["picture"] in said
+    for one in scene["asked"]:
+        assert f"{one['question']}  ->  {one['said']}  (right: left)" in said
     assert f"{report['accuracy']:.1%}" in said
     assert "5 of 17" in said
     assert str(out / "report.json") in said
+
+
+@pytest.mark.lab
+@pytest.mark.usefixtures("fetched")
+def test_without_a_trained_model_it_does_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trained, "DEFAULT", None)
+    quickstart(tmp_path / "out", SMALL, limit=20, progress=False)
+    assert json.loads((tmp_path / "out/report.json").read_text())["scene"] is None
+    assert "which was trained before" not in capsys.readouterr().out

@@ -44,11 +44,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def recipe(data, tmp_path, monkeypatch):
-    """A function that makes the two-stage recipe, with overrides."""
-    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "two.yaml"
+def two_stages(data: Path, folder: Path) -> Path:
+    """The two-stage recipe, in `folder`."""
+    path = folder / "two.yaml"
     training = "{max_steps: 3, per_device_train_batch_size: 4, logging_steps: 1}"
     path.write_text(f"""
 model:
@@ -57,7 +55,7 @@ model:
          num_key_value_heads: 2, max_position_embeddings: 256}}
   connector: acformer
   connector_kwargs: {{num_anchors: 4, depth: 1, num_heads: 2, head_dim: 8}}
-output_dir: {tmp_path}/run
+output_dir: {folder}/run
 pretrain:
   data: {data}/captions.jsonl
   template: plain
@@ -68,6 +66,14 @@ finetune:
   learning_rates: {{connector: 0.01, language_model: 0.002}}
   training: {training}
 """)
+    return path
+
+
+@pytest.fixture
+def recipe(data, tmp_path, monkeypatch):
+    """A function that makes the two-stage recipe, with overrides."""
+    monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path / "cache"))
+    path = two_stages(data, tmp_path)
 
     def make(*overrides: str) -> Recipe:
         return load_recipe(str(path), overrides)

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from acformer.fetch import trained
+from acformer.fetch.embedded import PREFIX
+
 ENCODER = "embedded:dinov2-s14"
+MODEL_HELP = "a model folder, a run's folder or a hub name"
 ENCODER_HELP = f"encoder: {ENCODER} (default), hub name, folder, timm:NAME, open_clip:NAME@WEIGHTS"
 
 
@@ -13,7 +17,14 @@ def add_model(
     sub: argparse.ArgumentParser, max_new_tokens: int | None, tokens: Callable[[str], Any] | None = None
 ) -> None:
     """A model, and how it answers; `tokens` is the type of `--tokens`, a positive number if not given."""
-    sub.add_argument("model", help="a model folder, a run's folder or a hub name")
+    sub.add_argument("model", help=MODEL_HELP)
+    add_answering(sub, max_new_tokens, tokens)
+
+
+def add_answering(
+    sub: argparse.ArgumentParser, max_new_tokens: int | None, tokens: Callable[[str], Any] | None = None
+) -> None:
+    """How a model answers, as `add_model`."""
     sub.add_argument("--tokens", type=tokens or positive, help="visual tokens an image, where the connector can choose")
     sub.add_argument("--max-new-tokens", type=positive, default=max_new_tokens)
     sub.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
@@ -32,6 +43,11 @@ def load(arguments: argparse.Namespace) -> Any:
 
     dtype = "auto" if arguments.dtype == "auto" else parse_dtype(arguments.dtype)
     return load_model(arguments.model, dtype=dtype, device=parse_device(arguments.device))
+
+
+def default_model() -> str | None:
+    """The model that answers where none is named; None where there is none that is good enough."""
+    return None if trained.DEFAULT is None else PREFIX + trained.DEFAULT
 
 
 def positive(text: str) -> int:

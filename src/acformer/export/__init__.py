@@ -1,1 +1,1 @@
-"""A model for those who do not have this package: its code beside its weights, or its vision half as one graph."""
+"""A model to share: its code beside its weights, its vision half as one graph, what was trained of it alone."""

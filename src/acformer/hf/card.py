@@ -77,6 +77,14 @@ def sign(folder: Path, name: str, tags: Sequence[str] = ()) -> None:
     write_text(folder / CARD, str(card).rstrip("\n") + "\n")
 
 
+def with_section(text: str, title: str, body: str) -> str:
+    """A card with another text under `## title`, behind the sections that it has where it has none of that name."""
+    before, found, rest = text.partition(f"## {title}\n")
+    _, following, after = rest.partition("\n## ")
+    tail = f"\n\n## {after}" if following else "\n"
+    return f"{before if found else before.rstrip() + 2 * chr(10)}## {title}\n\n{body}{tail}"
+
+
 def add_score(folder: Path, result: EvalResult) -> None:
     """Put a score into the card of a model's folder, in place of an older one of the same questions and tokens.
 

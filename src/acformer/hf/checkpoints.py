@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from acformer.errors import CheckpointError, translated
+from acformer.fetch.embedded import resolve
 from acformer.files import file_sha256, flush_to_disk, partial_path, whole_file, whole_folder
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.adapters import CONFIG as ADAPTER
@@ -121,7 +122,12 @@ def save_trained(trainer: Trainer, processor: AcFormerProcessor, folder: Path) -
 
 
 def model_folder(name: str) -> str:
-    """A run's folder stands for the model of its last stage; anything else for itself."""
+    """A run's folder stands for the model of its last stage, `embedded:NAME` for what was fetched; else the name.
+
+    Raises:
+        CheckpointError: a model of ours that was not fetched.
+    """
+    name = resolve(name)
     run = Path(name)
     for stage in ("finetune", "pretrain"):
         folder = run / stage / "model"
@@ -147,6 +153,8 @@ def load_model(
     name: str, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[AcFormerForConditionalGeneration, AcFormerProcessor]:
     """Model (in eval mode) and processor from a model folder, a run's folder, a hub name or the folder of an adapter.
+
+    `embedded:acformer-scenes` is the one that `acformer fetch acformer-scenes` has put together.
 
     An adapter is one that PEFT saved; it is merged into its base model. A folder of the connector alone says where the
     other weights are; they are read from there.

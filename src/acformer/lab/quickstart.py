@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from acformer.commands.arguments import default_model
 from acformer.data.sources import Sample
 from acformer.evaluate.card_scores import record_scores
 from acformer.evaluate.generate import ask
 from acformer.evaluate.report import evaluate, evaluation_samples, question_text
-from acformer.fetch.embedded import fetch
+from acformer.fetch.embedded import PREFIX
 from acformer.files import write_text
 from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
-from acformer.hf.checkpoints import load_model
+from acformer.hf.checkpoints import load_model, model_folder
+from acformer.hf.trained import examples, fetch_models
+from acformer.hf.visual_token_cache import VisualTokenCache
 from acformer.images import load_image
 from acformer.provenance import peak_resident_bytes
 from acformer.training.recipe import load_recipe
@@ -28,13 +31,20 @@ Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, progress: bool = True) -> dict[str, Any]:
     """Fetch, train the `tiny` recipe, evaluate it on easy-VQA, ask three questions, draw the anchors, report.
 
+    A trained model of ours (`default_model`), if there is one, is asked, too, about an image that comes with it;
+    `report.json` has that as `scene`, or null.
+
     Everything lies under `out`; `report.json` holds accuracy, num_questions, blind_accuracy, num_image_tokens,
     num_vision_tokens, seconds (without the fetch) and seconds per phase. `limit`: test questions. What an earlier call
     has trained there is trained again, so that the seconds are true.
     """
     phases: dict[str, float] = {}
+    name = default_model()
+    ours = [name.removeprefix(PREFIX)] if name else []
     with _timed(phases, "fetch"):
-        fetch(["dinov2-s14", "easy-vqa"], progress=progress)
+        fetch_models(["dinov2-s14", "easy-vqa", *ours], progress=progress)
+    with _timed(phases, "ask a trained model"):  # before the training, for which its memory is free again
+        scene = _ask_about_a_scene(name) if name else None
     with _timed(phases, "train"):
         folder = train(load_recipe("tiny", [f"output_dir={out}", "resume=false", *overrides]), progress=progress)
     with _timed(phases, "evaluate"):
@@ -51,6 +61,7 @@ def quickstart(out: Path, overrides: Sequence[str] = (), *, limit: int = 2400, p
         "model": str(folder),
         "predictions": str(out / "predictions.jsonl"),
         "asked": shown,
+        "scene": scene,
     }
     write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
     print(_report_text(report, out))
@@ -87,9 +98,26 @@ def _show(parts: Parts, sample: Sample, out: Path) -> dict[str, Any]:
     return {"question": question, "said": prediction, "answer": sample.answer, "picture": str(shown)}
 
 
+def _ask_about_a_scene(name: str) -> dict[str, Any]:
+    """The questions of the first image that comes with our trained model, what it says, and what is right."""
+    shown = examples(Path(model_folder(name)))
+    first = [one for one in shown if one.image == shown[0].image]
+    model, processor = load_model(name)
+    tokens = VisualTokenCache(model, processor)  # the image is encoded once
+    asked = [
+        {
+            "question": one.question,
+            "said": ask(model, processor, one.image, one.question, tokens=tokens, max_new_tokens=16),
+            "answer": one.answer,
+        }
+        for one in first
+    ]
+    return {"model": name, "picture": str(first[0].image), "asked": asked}
+
+
 def _report_text(report: dict[str, Any], out: Path) -> str:
     low, high = report["interval"]
-    asked = [f"  {a['question']}  ->  {a['said']}  (right: {a['answer']})  {a['picture']}" for a in report["asked"]]
+    asked = [f"{_line(one)}  {one['picture']}" for one in report["asked"]]
     phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["seconds_per_phase"].items())
     return "\n".join(
         [
@@ -105,5 +133,21 @@ def _report_text(report: dict[str, Any], out: Path) -> str:
             f"predictions    {report['predictions']}",
             f"report         {out / 'report.json'}",
             f"ask it more    {Path(sys.argv[0])} ask {out} IMAGE 'what color is the shape?'",
+            *_scene_text(report["scene"]),
         ]
     )
+
+
+def _scene_text(scene: dict[str, Any] | None) -> list[str]:
+    if scene is None:
+        return []
+    return [
+        "",
+        f"and {scene['model']}, which was trained before, about a drawn scene: {scene['picture']}",
+        *map(_line, scene["asked"]),
+        f"ask it more    {Path(sys.argv[0])} ask {scene['picture']} 'how many objects are there?'",
+    ]
+
+
+def _line(asked: dict[str, str]) -> str:
+    return f"  {asked['question']}  ->  {asked['said']}  (right: {asked['answer']})"

@@ -15,13 +15,13 @@ OF_A_PLACE = ("output_dir", "resume", "stage", "image_root", "run_name", "projec
 
 def write_training_card(folder: Path, config: AcFormerConfig, recipe: Recipe, stage: str) -> None:
     """The card of the model that `stage` has left in `folder`."""
-    values = _public(recipe, STAGES[: STAGES.index(stage) + 1])
+    values = public_recipe(recipe, STAGES[: STAGES.index(stage) + 1])
     data = {name: str(values[name]["data"]) for name in STAGES if name in values}
     write_card(folder, config, Training(values, data))
 
 
-def _public(recipe: Recipe, stages: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe as a mapping; what is not given, and later stages, are left out."""
+def public_recipe(recipe: Recipe, stages: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe as a mapping without anybody's folders; what is not given, and other stages, are left out."""
     values = without_paths(_given({**asdict(recipe), "model": {}}))
     for stage in set(STAGES) - set(stages):
         values.pop(stage, None)

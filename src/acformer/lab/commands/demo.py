@@ -5,14 +5,16 @@ import shutil
 import sys
 from typing import Any
 
-from acformer.commands.arguments import add_device, positive
+from acformer.commands.arguments import MODEL_HELP, add_device, default_model, positive
 from acformer.errors import UsageError
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
     sub = commands.add_parser("demo", parents=[common], help="a local page: see the anchors, move them, ask")
-    sub.add_argument("--model", help="a model folder, a run's folder or a hub name (default: the newest quickstart)")
+    ours = f"{default_model()} if it was fetched, else " if default_model() else ""
+    default = f"{ours}the newest quickstart, else anchors alone"
+    sub.add_argument("--model", help=f"{MODEL_HELP} (default: {default})")
     sub.add_argument("--compare", metavar="MODEL", help="a second model that answers beside the first")
     sub.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default 127.0.0.1)")
     sub.add_argument("--port", type=positive, help="default: the first free one from 7860 on")

@@ -10,6 +10,7 @@ from acformer.data.datasets import named_dataset
 from acformer.data.entries import data_title
 from acformer.errors import CheckpointError, DataError
 from acformer.fetch.embedded import embedded_path
+from acformer.hf.trained import RECIPE
 from acformer.images import load_image
 from acformer.lab.scenes.difficulty import DIFFICULTIES
 from acformer.lab.scenes.draw import draw_scene
@@ -20,9 +21,10 @@ ANY_MODEL = ("What is in the image?", "Describe the image in one sentence.", "Wh
 
 
 def trained_on(model_folder: str | Path) -> str:
-    """The data set of a run's last stage, by the recipe beside its model; empty where there is none."""
-    recipe = Path(model_folder).absolute().parents[1] / "recipe.yaml"
-    if not recipe.is_file():
+    """The data set of a run's last stage, by the recipe of the run or beside the model; empty where there is none."""
+    folder = Path(model_folder).absolute()
+    recipe = next((path / RECIPE for path in (folder, folder.parent.parent) if (path / RECIPE).is_file()), None)
+    if recipe is None:
         return ""
     stage = load_recipe(str(recipe)).finetune
     return data_title(stage.data).partition(":")[0] if stage else ""

@@ -26,8 +26,9 @@ removed: in no case</li>
 """
 NO_MODEL = f"""
 <div class="card"><h3>No model is loaded</h3><p>You see the anchors of the encoder alone
-(<code>{ENCODER}</code>). <code>make quickstart</code> trains a small model within minutes; start
-<code>acformer demo</code> again after it, or name a model of your own: <code>acformer demo --model FOLDER</code>.</p>
+(<code>{ENCODER}</code>). <code>acformer fetch acformer-scenes</code> brings a trained model, <code>make
+quickstart</code> trains a small one within minutes; start <code>acformer demo</code> again after it, or name a model of
+your own: <code>acformer demo --model FOLDER</code>.</p>
 </div>
 """
 
