@@ -466,8 +466,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # Contiguous: of a slice, matmul would copy the head's weights once a row.
-        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :].contiguous()
+        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :].contiguous()  # or a head copied once a row
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
         logits = self.head(self, hidden)
