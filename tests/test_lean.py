@@ -5,6 +5,7 @@ import tiny
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from acformer.errors import UsageError
 from acformer.training import lean as module
 from acformer.training.lean import SHORT, lean, short_attention
 from acformer.training.learner import in_float32
@@ -127,3 +128,13 @@ def test_whoever_has_chosen_another_kernel_keeps_it(adapted):
     model.model.language_model.set_attn_implementation("eager")
     with lean(model, torch.bfloat16):
         assert model.model.language_model.config._attn_implementation == "eager"
+
+
+def test_layers_of_another_name_are_told_of(adapted):
+    model, _ = adapted
+    del model.model.language_model.layers
+    with (
+        pytest.raises(UsageError, match="compile_layers: LlamaModel has no decoder layers"),
+        lean(model, None, compile_layers=True),
+    ):
+        pass

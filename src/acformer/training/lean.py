@@ -18,13 +18,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from acformer.errors import UsageError
+
 SHORT = "acformer_short_rows"
 LONGEST = 256  # tokens: the scores of all pairs are kept for the backward pass, and beyond it the kernel is as fast
 
 
 @contextmanager
 def lean(model: Any, half: torch.dtype | None, *, compile_layers: bool = False) -> Iterator[None]:
-    """Steps of this model are cheaper inside. half: the dtype of the arithmetic, where the weights have another."""
+    """Steps of this model are cheaper inside. half: the dtype of the arithmetic, where the weights have another.
+
+    Raises:
+        UsageError: layers are to be compiled, and there are none under the name that decoders have for them.
+    """
     with ExitStack() as stack:
         if half is not None and getattr(model, "_hf_peft_config_loaded", False):
             from peft.helpers import disable_input_dtype_casting
@@ -34,8 +40,18 @@ def lean(model: Any, half: torch.dtype | None, *, compile_layers: bool = False) 
         if half is torch.bfloat16 and language_model.device.type == "cpu":
             stack.enter_context(_short_rows(language_model))
         if compile_layers:
-            stack.enter_context(_compiled(language_model.layers))
+            stack.enter_context(_compiled(decoder_layers(language_model)))
         yield
+
+
+def decoder_layers(language_model: Any) -> nn.ModuleList:
+    """The layers that `compile_layers` means; `UsageError` where they have another name than Llama's, Qwen's, ..."""
+    layers = getattr(language_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UsageError(
+            f"compile_layers: {type(language_model).__name__} has no decoder layers named `layers`: leave it out"
+        )
+    return layers
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from acformer.training.arguments import check_arguments, fitting, training_argum
 from acformer.training.distributed import check_one_reader
 from acformer.training.elastic import ElasticBudget, elastic_choices
 from acformer.training.failures import explained
-from acformer.training.lean import lean
+from acformer.training.lean import decoder_layers, lean
 from acformer.training.learner import as_it_learns, cast_frozen, check_base, half_precision, saver, write_base
 from acformer.training.lora import check_peft, lora_targets
 from acformer.training.model_card import write_training_card
@@ -252,6 +252,8 @@ def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerP
         check_template(own)
         if spec.packing:
             check_packing(model)
+        if spec.compile_layers:
+            decoder_layers(model.model.language_model)
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
