@@ -170,6 +170,15 @@ def test_only_the_logits_asked_for_are_made(model, batch):
     torch.testing.assert_close(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, expected[:, [0, 3]])
 
 
+def test_the_head_reads_hidden_states_in_one_piece(model, batch, monkeypatch):
+    """A slice of them is not, and then a matrix product copies the head's weights once a row."""
+    seen, head = [], model.head
+    monkeypatch.setattr(model, "head", lambda owner, hidden: (seen.append(hidden), head(owner, hidden))[1])
+    model(**batch, logits_to_keep=1)
+    assert len(batch["input_ids"]) > 1
+    assert seen[0].is_contiguous()
+
+
 @pytest.mark.parametrize(("prompt_tokens", "images"), [(3, 1), (5, 2)])
 def test_image_tokens_that_do_not_fit_are_counted(model, prompt_tokens, images):
     inputs = tiny.inputs(ONE, [tiny.picture()], num_visual_tokens=prompt_tokens)

@@ -20,6 +20,7 @@ def test_what_ships():
         "llava15-7b-mlp577",
         "openllama3b-acformer145",
         "scenes-cpu-lm",
+        "scenes-cpu-smollm2",
         "scenes-gpu",
         "siglip2-qwen3-0.6b",
         "smol",

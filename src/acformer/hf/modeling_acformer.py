@@ -468,6 +468,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :]  # (B, L, E) -> (B, kept, E)
+        hidden = hidden.contiguous()  # or a matrix product would copy the head once a row
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
         logits = self.head(self, hidden)

@@ -51,10 +51,19 @@ def as_it_learns(model: Any, spec: StageSpec, args: TrainingArguments, checkpoin
         with torch.random.fork_rng(devices=[]):  # of the seed alone, whatever was loaded before
             torch.manual_seed(args.seed)
             add_adapters(model, spec.lora)
+        if half_precision(args) is not None:
+            in_float32(model)
         if checkpoint is not None and adapter_base(checkpoint) is not None and not placement():
             load_adapter(model, checkpoint)
     tell_apart(model)
     return model, learning_table(model, spec.learning_rates)
+
+
+def in_float32(model: Any) -> None:
+    """What learns, in float32: beside a language model in bfloat16, small steps would be lost in rounding."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def cast_frozen(model: Any, dtype: torch.dtype | None) -> None:

@@ -170,7 +170,7 @@ class _Planner:
         self.sharding = hardware.sharding or named_sharding(spec.training)
         self.cached = recipe.cache_features
         self.text = _overridden(text_sizes(spec, spec.template or recipe.model.template), texts)
-        self.precision = _precision(self.settings, parse_dtype(recipe.model.dtype))
+        self.precision = _precision(self.settings, spec, parse_dtype(recipe.model.dtype))
         self.weights = count_weights(model, self.precision, spec.quantize)
         connector = model.model.connector
         self.choices = elastic_choices(connector, *spec.elastic) if spec.elastic else (connector.num_tokens,)
@@ -309,9 +309,10 @@ def _checkpointing(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"))
 
 
-def _precision(settings: Mapping[str, Any], dtype: torch.dtype) -> Precision:
+def _precision(settings: Mapping[str, Any], spec: StageSpec, dtype: torch.dtype) -> Precision:
     half = torch.bfloat16 if settings["bf16"] else torch.float16 if settings["fp16"] else None
-    return Precision(trained=dtype, frozen=half or dtype, autocast=half)
+    trained = torch.float32 if half is not None and spec.lora is not None else dtype  # as `learner.as_it_learns`
+    return Precision(trained=trained, frozen=half or dtype, autocast=half)
 
 
 def _overridden(found: TextSizes, texts: Texts) -> TextSizes:

@@ -78,8 +78,9 @@ class StageSpec:
     records, above which the run stops. max_length: tokens; a longer sample is cut, never inside an image. group: so
     many records of one image stand together in a batch, and the connector runs once for them. elastic: [low, high],
     every step draws its number of visual tokens from this range (`acformer.training.elastic`). lora: adapters of the
-    language model instead of its own weights. quantize: `nf4` or `int8`, its frozen weights in few bits. save: `model`,
-    or `connector` for its weights alone, with a note where the others are. Adapters are always saved with the connector
+    language model instead of its own weights. quantize: `nf4` or `int8`, its frozen weights in few bits.
+    compile_layers: `torch.compile` of each of its layers; on a CPU that needs a C++ compiler. save: `model`, or
+    `connector` for its weights alone, with a note where the others are. Adapters are always saved with the connector
     alone.
     """
 
@@ -95,6 +96,7 @@ class StageSpec:
     packing: bool = False
     lora: LoraSpec | None = None
     quantize: str | None = None
+    compile_layers: bool = False
     save: str = "model"
     max_bad_fraction: float = 0.01
 

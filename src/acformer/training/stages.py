@@ -43,6 +43,7 @@ from acformer.training.arguments import check_arguments, fitting, training_argum
 from acformer.training.distributed import check_one_reader
 from acformer.training.elastic import ElasticBudget, elastic_choices
 from acformer.training.failures import explained
+from acformer.training.lean import decoder_layers, lean
 from acformer.training.learner import as_it_learns, cast_frozen, check_base, half_precision, saver, write_base
 from acformer.training.lora import check_peft, lora_targets
 from acformer.training.model_card import write_training_card
@@ -163,7 +164,9 @@ def _run(trainer: AcFormerTrainer, checkpoint: Path | None, processor: AcFormerP
                 trainer.state = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
                 logger.info("going on from %s, step %d of %d", checkpoint, int(state.global_step), int(state.max_steps))
         if checkpoint is None or not trainer.is_finished:  # the Trainer would do one step more
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            half, compiles = half_precision(trainer.args), trainer.compile_layers
+            with lean(trainer.model, half, compile_layers=compiles):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.is_finished:
             trainer.check_weights()
             if trainer.is_world_process_zero():
@@ -249,6 +252,8 @@ def stage_processor(recipe: Recipe, stage: str, parts: Parts) -> tuple[AcFormerP
         check_template(own)
         if spec.packing:
             check_packing(model)
+        if spec.compile_layers:
+            decoder_layers(model.model.language_model)
         if spec.elastic is not None:
             model.to(PartialState().device)  # the connector is asked for every number of the range
             choices = elastic_choices(model.model.connector, *spec.elastic)
@@ -295,6 +300,7 @@ def stage_trainer(
             budget=budget,
         )
     trainer.save_weights = saver(recipe, stage, model)
+    trainer.compile_layers = spec.compile_layers
     trainer.saved_dtype = dtype if half is not None else None
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log to stdout
     if progress and not is_terminal():

@@ -102,6 +102,7 @@ class AcFormerTrainer(Trainer):
         self.complete = complete
         self.save_weights: Saver | None = None
         self.saved_dtype: torch.dtype | None = None
+        self.compile_layers = False
         self.is_saving = False
         self.sample_ids: list[str] = []  # of the step, which may have several batches
         # The Trainer would remove the older checkpoints before the new one has its manifest: we do it after.

@@ -32,16 +32,19 @@ from acformer.hf import AcFormerForConditionalGeneration, AcFormerProcessor
 from acformer.hf.build import parse_device
 from acformer.hf.checkpoints import load_model
 from acformer.lab.reproduce.plans import PROBES, Scale
-from acformer.lab.reproduce.probe_pretraining import pretrained_by_probe, probe_recipe, text_width
+from acformer.lab.reproduce.probe_pretraining import pretrained_by_probe, probe_recipe, probe_words, text_width
 from acformer.lab.reproduce.records import read_record, write_record
 from acformer.lab.reproduce.runs import Job, Run, Timing, Trial, job_path, job_record
 from acformer.lab.reproduce.train_probe import WIDTH, probe_loss, probe_scores, train_probe, with_prior
 from acformer.lab.reproduce.variants import shortened, with_factor, with_fraction, with_steps
 from acformer.lab.training_step import autocast, training_step
 from acformer.provenance import device_name, machine
+from acformer.training.arguments import training_arguments
+from acformer.training.lean import lean
+from acformer.training.learner import as_it_learns, cast_frozen, half_precision
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.training.stages import cached_features, stage_samples, train
-from acformer.training.trainer import freeze, module_parameters
+from acformer.training.trainer import module_parameters
 
 Parts = tuple[AcFormerForConditionalGeneration, AcFormerProcessor]
 WARM_UP_STEPS, TIMED_STEPS = 5, 25
@@ -106,20 +109,21 @@ def _try(task: Task, trial: Trial, folder: Path) -> dict[str, Any]:
     run, search = trial.run, trial.run.scale.search
     if run.scale.probe:
         recipe, width = probe_recipe(run), text_width(run.recipe.model)
+        words = probe_words(recipe, run.recipe.model)
     else:
-        recipe, width = task.recipe(run, folder), WIDTH
+        recipe, width, words = task.recipe(run, folder), WIDTH, None
     recipe = shortened(with_factor(replace(recipe, seed=trial.seed), trial.factor), search.fraction)
     try:
-        loss = trial_loss(recipe, search.data, search.limit, width)
+        loss = trial_loss(recipe, search.data, search.limit, width, words)
     except DivergedError:
         loss = math.nan
     return {"factor": trial.factor, "loss": loss if math.isfinite(loss) else None}
 
 
-def trial_loss(recipe: Recipe, data: str, limit: int, width: int = WIDTH) -> float:
-    """The loss on held-out data of what the recipe trains; `width`: of the tokens that a probe is given."""
+def trial_loss(recipe: Recipe, data: str, limit: int, width: int = WIDTH, words: Tensor | None = None) -> float:
+    """The loss on held-out data of what the recipe trains; `width`, `words`: what `train_probe` takes."""
     if recipe.model.text in PROBES:
-        return probe_loss(train_probe(recipe, width).probed, data.partition(":")[2], limit)
+        return probe_loss(train_probe(recipe, width, words).probed, data.partition(":")[2], limit)
     parts = load_model(str(train(recipe, progress=False)), device=parse_device("auto"))
     return answer_loss(parts, recipe, evaluation_samples(data, limit))
 
@@ -239,26 +243,28 @@ def step_seconds(parts: Parts, recipe: Recipe, folder: Path) -> list[float]:
 
     The encoder is in it unless its features come from the cache. The model is of no use afterwards.
     """
-    model = parts[0].train()
     *_, (_, spec) = recipe.stages()
-    freeze(model, spec.learning_rates)
     enough = spec.training.get("per_device_train_batch_size", 8) * spec.group
     samples, _ = stage_samples(replace(spec, max_samples=min(enough, spec.max_samples or enough)), folder / "timing")
     batch = next(_loader(parts, recipe, spec, samples))
+    args = training_arguments(spec, folder, recipe.seed, progress=False)
+    half = half_precision(args)
+    model, _ = as_it_learns(parts[0].train(), spec, args, None)
+    cast_frozen(model, half)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-    dtype = torch.bfloat16 if spec.training.get("bf16", False) else torch.float32
 
     def compute_loss() -> Tensor:
-        with autocast(model.device, dtype):
+        with autocast(model.device, half or torch.float32):
             return model(**batch, supervised_only=True).loss
 
     seconds = []
-    for _ in range(WARM_UP_STEPS + TIMED_STEPS):
-        start = time.perf_counter()
-        training_step(compute_loss, optimizer)
-        if model.device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - start)
+    with lean(model, half, compile_layers=spec.compile_layers):
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+            start = time.perf_counter()
+            training_step(compute_loss, optimizer)
+            if model.device.type != "cpu":
+                torch.accelerator.synchronize()
+            seconds.append(time.perf_counter() - start)
     return seconds
 
 

@@ -20,8 +20,12 @@ Its weights start from what drawing the connector's has left of the seed, so fro
 """
 PAIRED_PROBE, MIXING_PROBE = "scene-probe", "scene-probe-attends"
 """The same probe, and one that lets the tokens read each other first; both start from the same weights in every row."""
-PROBES = (PROBE, PAIRED_PROBE, MIXING_PROBE)
-OWN_RECIPES = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("scenes-cpu", "scenes-cpu-hard")}
+WORD_PROBE = "scene-probe-words"
+"""One that scores tokens by the language model's embeddings of nouns and words: where it comes before one alone."""
+PROBES = (PROBE, PAIRED_PROBE, MIXING_PROBE, WORD_PROBE)
+OWN_RECIPES = {
+    name: Path(__file__).with_name(f"{name}.yaml") for name in ("scenes-cpu", "scenes-cpu-hard", "scenes-cpu-words")
+}
 """Recipes with a probe, by name; not of `acformer train`, since there would be no model to save."""
 
 
@@ -307,6 +311,22 @@ SCALES = {
             fetch=("dinov2-s14", "openmoji", "photographs"),
             note="A language model of 1 M parameters answers. A small probe trained every row's connector first, since "
             "the language model alone does not find out in what two cores allow that image tokens tell it anything "
+            "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
+            "more, `token_packer` the feature layer alone.",
+        ),
+        Scale(
+            "cpu-smollm2",
+            recipe="scenes-cpu-smollm2",
+            budgets=(37,),
+            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
+            search=Search("openmoji-scenes-small:validation", factors=(0.1, 0.3, 1.0), fraction=0.2, limit=128),
+            limit=900,
+            scaling_budget=37,
+            sizes=ON_TWO_CORES,
+            probe="scenes-cpu-words",
+            fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
+            note="SmolLM2-135M-Instruct answers. A small probe trained every row's connector first, by the language "
+            "model's embeddings of nouns and words, so that tokens are read as words from the first step on "
             "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
             "more, `token_packer` the feature layer alone.",
         ),

@@ -180,7 +180,14 @@ def fingerprint(value: Any) -> str:
 
 FORMER_NAMES = {"direct": "top_p", "hidden_layers": "levels"}
 """Connectors and options that had another name when the first records were made."""
-NEW_FIELDS = {"lora": None, "quantize": None, "packing": False, "save": "model", "connector_weights": None}
+NEW_FIELDS = {
+    "lora": None,
+    "quantize": None,
+    "packing": False,
+    "save": "model",
+    "connector_weights": None,
+    "compile_layers": False,
+}
 """Of a stage or the model, which recipes did not have then: with these values the run is the same."""
 NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}}
 """Options that it did not have then: it was no alias."""

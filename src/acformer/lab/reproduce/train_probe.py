@@ -27,7 +27,7 @@ from acformer.evaluate.families import Reply
 from acformer.evaluate.report import as_reply, score_replies, write_predictions
 from acformer.fetch.embedded import cache_dir
 from acformer.hf.build import parse_device, parse_dtype, square_image_processor
-from acformer.lab.reproduce.plans import MIXING_PROBE, PROBE
+from acformer.lab.reproduce.plans import MIXING_PROBE, PROBE, WORD_PROBE
 from acformer.lab.reproduce.runs import geometry_of
 from acformer.lab.scenes.answers import ProbeAnswers, split
 from acformer.lab.scenes.dataset import draw_missing, image_path, undrawn_samples
@@ -37,6 +37,7 @@ from acformer.lab.scenes.prior import prior_predictions
 from acformer.lab.scenes.probe import SceneProbe
 from acformer.lab.scenes.questions import Question, ask
 from acformer.lab.scenes.targets import SceneTargets, targets_of
+from acformer.lab.scenes.word_probe import WordProbe
 from acformer.lab.training_step import autocast, training_step
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.vision.encoder import load_vision_encoder
@@ -108,16 +109,20 @@ class TrainedProbe(NamedTuple):
         return [round(float(stretch.mean()), 3) for stretch in torch.tensor(self.losses).chunk(points)]
 
 
-def train_probe(recipe: Recipe, width: int = WIDTH) -> TrainedProbe:
+def train_probe(recipe: Recipe, width: int = WIDTH, words: Tensor | None = None) -> TrainedProbe:
     """Train a connector and a probe as the recipe says; `width`: E, of the tokens that the probe is given.
+
+    words: (V, E), what a probe by words scores tokens by.
 
     Raises:
         UsageError: a recipe that a probe cannot be trained by.
         DivergedError: a loss is not finite.
     """
     spec = _only_stage(recipe)
+    if recipe.model.text == WORD_PROBE and words is None:
+        raise UsageError(f"model.text {WORD_PROBE} is a probe before a language model: take it as a scale's probe")
     torch.manual_seed(recipe.seed)
-    probed = _new_probe(recipe, spec, width)
+    probed = _new_probe(recipe, spec, width, words)
     available = probed.difficulty.num_scenes("train")
     count = min(spec.max_samples or available, available)
     probed.encode("train", list(range(count)))
@@ -222,7 +227,7 @@ def _only_stage(recipe: Recipe) -> StageSpec:
     return spec
 
 
-def _new_probe(recipe: Recipe, stage: StageSpec, width: int) -> ProbedConnector:
+def _new_probe(recipe: Recipe, stage: StageSpec, width: int, words: Tensor | None) -> ProbedConnector:
     spec, difficulty = recipe.model, DIFFICULTIES[data_title(stage.data).partition(":")[0]]
     device, geometry = parse_device("auto"), geometry_of(spec)._replace(text_hidden_size=width)
     connector = build_connector(spec.connector, geometry, **spec.connector_kwargs)
@@ -239,7 +244,10 @@ def _new_probe(recipe: Recipe, stage: StageSpec, width: int) -> ProbedConnector:
     processor = square_image_processor(encoder.tower, spec.image_size or image_size(encoder.tower.config))
     folder = cache_dir() / "features"
     cache = FeatureCache(folder, encoder, encoder.tower, processor, hidden_layers=hidden_layers, input_grid=grid)
-    if spec.text == PROBE:
+    if spec.text == WORD_PROBE and words is not None:
+        torch.manual_seed(recipe.seed)  # the same start for every connector, as `paired_probe`
+        probe: SceneProbe = WordProbe(difficulty, connector.num_tokens, words)
+    elif spec.text == PROBE:
         probe = SceneProbe(difficulty, connector.num_tokens, width)
     else:
         probe = paired_probe(difficulty, connector.num_tokens, width, recipe.seed, attends=spec.text == MIXING_PROBE)

@@ -35,7 +35,7 @@ class SceneProbe(nn.Module):
         self.fewest, most = difficulty.objects
         self.norm = nn.LayerNorm(dim)
         self.slots = nn.Parameter(0.1 * torch.randn(num_tokens, dim))
-        self.score = nn.Linear(dim, self.num_classes)
+        self.score: nn.Module = nn.Linear(dim, self.num_classes)
         self.value = nn.Sequential(nn.Linear(dim, width), nn.GELU())
         self.place = nn.Linear(width, 2)
         self.size = nn.Linear(width, 1)
@@ -46,13 +46,14 @@ class SceneProbe(nn.Module):
     def forward(self, tokens: Float[Tensor, "B T E"]) -> dict[str, Tensor]:
         """present (B, V) logits; place (B, V, 2), size (B, V) as in `SceneTargets`; count (B, V, most) and
         total (B, range) logits of classes, the first of which are 1 and the difficulty's fewest objects."""
-        tokens = self.norm(tokens)
+        given, tokens = tokens, self.norm(tokens)
         if self.mixing is not None:
             tokens = self.mixing(tokens, self.slots)
         score = self.score(tokens).float().transpose(1, 2)  # (B, V, T)
         present = score.logsumexp(-1) - math.log(score.shape[-1])  # (B, V)
         value = self.value(tokens + self.slots)  # (B, T, W)
-        pooled = score.softmax(-1).to(value.dtype) @ value  # (B, V, W)
+        weights = score.softmax(-1)  # (B, V, T)
+        pooled = weights.to(value.dtype) @ value  # (B, V, W)
         often = score.sigmoid().sum(-1)  # (B, V) a soft count of the tokens that show the class
         stats = torch.stack([present, often], dim=-1)  # (B, V, 2)
         num_things = often[:, : self.num_nouns].sum(-1, keepdim=True)  # (B, 1)
@@ -62,7 +63,12 @@ class SceneProbe(nn.Module):
             "size": self.size(pooled).squeeze(-1).float(),
             "count": self.count(torch.cat([pooled.float(), stats], dim=-1)).float(),
             "total": self.total(torch.cat([value.float().mean(1), num_things], dim=-1)).float(),
+            **self.more(given, weights),
         }
+
+    def more(self, tokens: Float[Tensor, "B T E"], weights: Float[Tensor, "B V T"]) -> dict[str, Tensor]:
+        """What a probe with further losses predicts besides; tokens as given, weights: of the mean of each class."""
+        return {}
 
     def loss(self, predictions: dict[str, Tensor], targets: SceneTargets) -> Float[Tensor, ""]:
         """Sum of the losses; those of a class count where it is there (place, size: there once)."""
