@@ -182,8 +182,8 @@ FORMER_NAMES = {"direct": "top_p", "hidden_layers": "levels"}
 """Connectors and options that had another name when the first records were made."""
 NEW_FIELDS = {"lora": None, "quantize": None, "packing": False, "save": "model", "connector_weights": None}
 """Of a stage or the model, which recipes did not have then: with these values the run is the same."""
-NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}}
-"""Options that it did not have then: it was no alias."""
+NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}, "acformer_v2": {"near"}}
+"""Options that it did not have then: it was no alias; it had no such part, which is off by default."""
 
 
 def as_recorded(recipe: Recipe) -> dict[str, Any]:
