@@ -23,7 +23,7 @@ from acformer.errors import UsageError
 from acformer.training.trace import FlopCounter
 from acformer.vision.features import VisionFeatures
 
-PARTS = ("stem", "pooled", "places", "mass", "talk")
+PARTS = ("stem", "pooled", "places", "mass", "talk", "near")
 NONE, ALL = dict.fromkeys(PARTS, False), dict.fromkeys(PARTS, True)
 SIZES = {"depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "num_anchors": 9}
 GEOMETRIES = {

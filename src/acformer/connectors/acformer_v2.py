@@ -2,12 +2,13 @@
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): an anchor's token does not say where it is,
 a softmax is a mean, which holds neither area nor number, and two anchors on one object do not learn of each other.
-Five parts, each an option; without any of them it is `acformer`, weights and tokens:
+Six parts, each an option; without any of them it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
     pooled   a quarter of the tokens are means of g x g cells of the image, so that the ground is in somebody's hands
     places   phi(p), a 2-D sine-cosine code, is added to queries, to values and to what comes out, through matrices that
              start at zero; keys stay as they are, so what is looked for has no place
+    near     every head has a learned locality in reading, too: logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
     mass     what lies in a token's own cell: its share of the patches, their mean place and spread, a small MLP of them
     talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
              logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2
@@ -81,6 +82,7 @@ class AcFormerV2Connector(Resampler):
         places: bool = True,
         mass: bool = False,
         talk: bool = True,
+        near: bool = False,
     ):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
         super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)
@@ -90,6 +92,7 @@ class AcFormerV2Connector(Resampler):
         self.places = PlaceCodes(width, inner, depth) if places else None
         self.mass = Mass(width) if mass else None
         self.talk = Talk(width, num_heads, head_dim) if talk else None
+        self.near = nn.ParameterList(initial_locality(num_heads) for _ in range(depth)) if near else None
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """Queries, which read all tokens and then one another -> (B, T, E)."""
@@ -101,7 +104,8 @@ class AcFormerV2Connector(Resampler):
         for number, layer in enumerate(self.stack.layers):
             assert isinstance(layer, CrossAttentionLayer)
             added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
-            hidden = hidden + layer.attention(hidden, seen.tokens, added_values=added)
+            near = None if self.near is None else self.near_patches(number, queries, seen)  # (B, H, T, L)
+            hidden = hidden + layer.attention(hidden, seen.tokens, near, added)
             if number == last and self.mass is not None:
                 hidden = hidden + self.mass(queries, seen)
             if number == last and self.talk is not None:
@@ -111,6 +115,11 @@ class AcFormerV2Connector(Resampler):
         if self.places is not None:
             hidden = hidden + self.places.to_outputs(place_codes(queries, hidden.dtype))
         return self.projector(hidden)
+
+    def near_patches(self, layer: int, queries: Queries, features: VisionFeatures) -> Float[Tensor, "B H T L"]:
+        """What a layer's logits of patches that are far away are lowered by."""
+        assert self.near is not None
+        return locality_penalty(self.near[layer], patch_distances(queries, features), queries.vectors.dtype)
 
     def placed_queries(self, features: VisionFeatures, seen: VisionFeatures, num_tokens: int) -> Queries:
         """[CLS], means of cells, chosen patches, means of merged ones; chosen by `features`, taken from `seen`."""
@@ -169,6 +178,14 @@ def squared_distances(queries: Queries) -> Float[Tensor, "B T T"]:
     difference = queries.places.unsqueeze(2) - queries.places.unsqueeze(1)  # (B, T, T, 2)
     both = queries.has_place.unsqueeze(0) & queries.has_place.unsqueeze(1)  # (T, T)
     return difference.square().sum(-1) * both * queries.places.shape[1]
+
+
+def patch_distances(queries: Queries, features: VisionFeatures) -> Float[Tensor, "B T L"]:
+    """T |p_i - p_n|^2 of tokens and patches; 0 of prefix tokens, and for tokens without a place."""
+    where = centres(features.grid, queries.places.device)  # (N, 2)
+    apart = (queries.places.unsqueeze(2) - where).square().sum(-1)  # (B, T, 1, 2) - (N, 2) -> (B, T, N)
+    apart = apart * queries.has_place.unsqueeze(-1) * queries.places.shape[1]
+    return F.pad(apart, (features.num_prefix_tokens, 0))
 
 
 class Stem(nn.Module):
@@ -246,6 +263,22 @@ def mass_numbers(queries: Queries, features: VisionFeatures) -> Float[Tensor, "B
     return torch.cat([share, num_tokens**0.5 * away, num_tokens**0.5 * spread], dim=-1)
 
 
+def initial_locality(num_heads: int) -> nn.Parameter:
+    """g of each head: half of the heads start everywhere, half local."""
+    everywhere, local = -4.0, 0.5  # softplus: 0.02 and 0.97 for a distance of one cell
+    start = torch.full((num_heads,), everywhere)
+    start[num_heads // 2 :] = local
+    return nn.Parameter(start)
+
+
+def locality_penalty(
+    locality: Float[Tensor, "H"], distances: Float[Tensor, "B T L"], dtype: torch.dtype
+) -> Float[Tensor, "B H T L"]:
+    """-softplus(g) distance, to be added to the logits of attention."""
+    weight = F.softplus(locality.float()).view(-1, 1, 1)  # (H, 1, 1)
+    return (-weight * distances.unsqueeze(1)).to(dtype)  # (B, 1, T, L) -> (B, H, T, L)
+
+
 class Talk(nn.Module):
     """Self-attention among the tokens, the further the less: half of the heads start local, half everywhere."""
 
@@ -255,17 +288,13 @@ class Talk(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)
         self.o_proj = nn.Linear(inner, dim, bias=False)
-        everywhere, local = -4.0, 0.5  # softplus: 0.02 and 0.97 for a distance of one cell
-        start = torch.full((num_heads,), everywhere)
-        start[num_heads // 2 :] = local
-        self.locality = nn.Parameter(start)
+        self.locality = initial_locality(num_heads)
 
     def forward(self, hidden: Float[Tensor, "B T D"], queries: Queries) -> Float[Tensor, "B T D"]:
         """(B, T, D) -> (B, T, D)."""
         qkv = self.qkv_proj(self.norm(hidden)).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
-        locality = F.softplus(self.locality.float()).view(-1, 1, 1)  # (H, 1, 1)
-        penalty = (-locality * squared_distances(queries).unsqueeze(1)).to(query.dtype)  # (B, H, T, T)
+        penalty = locality_penalty(self.locality, squared_distances(queries), query.dtype)  # (B, H, T, T)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=penalty)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
 

@@ -26,10 +26,10 @@ class CrossAttention(nn.Module):
         self,
         queries: Float[Tensor, "B T D"],
         features: Float[Tensor, "B L D"],
-        mask: Bool[Tensor, "B 1 T L"] | None = None,
+        mask: Bool[Tensor, "B 1 T L"] | Float[Tensor, "B H T L"] | None = None,
         added_values: Float[Tensor, "L I"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all.
+        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all; or what is added to the logits of every head.
 
         added_values: to the values of every image (I = H d), by default nothing; the keys do without.
         """
@@ -37,6 +37,8 @@ class CrossAttention(nn.Module):
         key, value = self.kv_proj(self.norm_features(features)).chunk(2, dim=-1)  # (B, L, H d) each
         value = value if added_values is None else value + added_values
         key, value = self._split_heads(key), self._split_heads(value)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)  # which autocast may have made another one
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, H, T, d)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
 
