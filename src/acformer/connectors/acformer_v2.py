@@ -8,7 +8,8 @@ Six parts, each an option; without any of them it is `acformer`, weights and tok
     pooled   a quarter of the tokens are means of g x g cells of the image, so that the ground is in somebody's hands
     places   phi(p), a 2-D sine-cosine code, is added to queries, to values and to what comes out, through matrices that
              start at zero; keys stay as they are, so what is looked for has no place
-    near     every head has a learned locality in reading, too: logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
+    near     heads of the cross-attention, too, may prefer what is near, each by its own learned locality:
+             logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
     mass     what lies in a token's own cell: its share of the patches, their mean place and spread, a small MLP of them
     talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
              logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2

@@ -29,7 +29,8 @@ class CrossAttention(nn.Module):
         mask: Bool[Tensor, "B 1 T L"] | Float[Tensor, "B H T L"] | None = None,
         added_values: Float[Tensor, "L I"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all; or what is added to the logits of every head.
+        """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all; or
+        what is added to the logits of every head.
 
         added_values: to the values of every image (I = H d), by default nothing; the keys do without.
         """

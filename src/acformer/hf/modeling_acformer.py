@@ -450,8 +450,7 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
         Raises:
             ValueError: image tokens in the prompt and visual tokens of the images differ in number.
         """
-        if supervised_only:
-            kwargs = {"use_cache": False, **kwargs}
+        kwargs = {"use_cache": False, **kwargs} if supervised_only else kwargs
         output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -467,8 +466,8 @@ class AcFormerForConditionalGeneration(AcFormerPreTrainedModel, GenerationMixin)
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :]  # (B, L, E) -> (B, kept, E)
-        hidden = hidden.contiguous()  # or a matrix product would copy the head once a row
+        # (B, L, E) -> (B, kept, E), in one piece: or the head is copied once a row
+        hidden = (rest := dict(output)).pop("last_hidden_state")[:, kept, :].contiguous()
         if labels is not None and supervised_only:
             hidden, kwargs["shift_labels"] = _supervised(hidden, labels)
         logits = self.head(self, hidden)
