@@ -21,7 +21,7 @@ test-lab: $(VENV)/.dev
 	$(BIN)/pytest -n auto -m lab --ignore tests/conformance
 
 test-embedded: $(VENV)/.dev
-	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs
+	$(BIN)/acformer fetch dinov2-s14 smollm2-135m easy-vqa openmoji photographs acformer-scenes
 	$(BIN)/pytest -m embedded
 
 # The page in a browser, the Triton kernel in its interpreter, encoders of timm and open_clip, the notebook, ONNX,

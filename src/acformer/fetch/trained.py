@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1]
 PLACES = (PACKAGE / "weights", PACKAGE.parents[1] / "weights")
 """Where the weights are in an installed package, and in a clone."""
 MANIFEST = "manifest.json"
-DEFAULT: str | None = None
-"""The model of `TRAINED` that answers where none is named; None as long as none is far above what guessing gets."""
+DEFAULT: str | None = "acformer-scenes"
+"""The model of `TRAINED` that answers where none is named; None for none."""
 
 
 @dataclass(frozen=True)
