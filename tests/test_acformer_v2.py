@@ -23,7 +23,7 @@ from acformer.errors import UsageError
 from acformer.training.trace import FlopCounter
 from acformer.vision.features import VisionFeatures
 
-PARTS = ("stem", "pooled", "places", "mass", "talk", "near")
+PARTS = ("stem", "pooled", "places", "mass", "talk", "near", "block")
 NONE, ALL = dict.fromkeys(PARTS, False), dict.fromkeys(PARTS, True)
 SIZES = {"depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "num_anchors": 9}
 GEOMETRIES = {
@@ -67,7 +67,7 @@ def test_weights_of_acformer_are_taken_and_a_part_adds_its_own(part, make_featur
     assert unexpected == []
     assert {name.partition(".")[0] for name in missing} == ({part} - {"pooled"})
     same = torch.equal(grown(features), old(features))
-    assert same == (part == "places"), "only places start at zero"
+    assert same == (part in ("places", "block")), "these start at zero"
 
 
 @pytest.mark.parametrize("part", PARTS)
