@@ -2,9 +2,10 @@
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): an anchor's token does not say where it is,
 a softmax is a mean, which holds neither area nor number, and two anchors on one object do not learn of each other.
-Six parts, each an option; without any of them it is `acformer`, weights and tokens:
+Seven parts, each an option; without any of them it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
+    block    the stem with hidden layers: R' = R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))), D -> D / 2 -> D
     pooled   a quarter of the tokens are means of g x g cells of the image, so that the ground is in somebody's hands
     places   phi(p), a 2-D sine-cosine code, is added to queries, to values and to what comes out, through matrices that
              start at zero; keys stay as they are, so what is looked for has no place
@@ -84,12 +85,14 @@ class AcFormerV2Connector(Resampler):
         mass: bool = False,
         talk: bool = True,
         near: bool = False,
+        block: bool = False,
     ):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
         super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)
         width, inner = geometry.vision_hidden_size, num_heads * head_dim
         self.pooled = pooled
         self.stem = Stem(width) if stem else None
+        self.block = Block(width) if block else None
         self.places = PlaceCodes(width, inner, depth) if places else None
         self.mass = Mass(width) if mass else None
         self.talk = Talk(width, num_heads, head_dim) if talk else None
@@ -97,7 +100,9 @@ class AcFormerV2Connector(Resampler):
 
     def aggregate(self, features: VisionFeatures, num_tokens: int) -> Float[Tensor, "B T E"]:
         """Queries, which read all tokens and then one another -> (B, T, E)."""
-        seen = features if self.stem is None else self.stem(features)
+        seen = features
+        for stem in (self.stem, self.block):
+            seen = seen if stem is None else stem(seen)
         queries = self.placed_queries(features, seen, num_tokens)
         hidden, last = queries.vectors, len(self.stack.layers) - 1
         if self.places is not None:
@@ -202,8 +207,32 @@ class Stem(nn.Module):
         """The same with other tokens."""
         image = self.norm(features.patches).mT.unflatten(-1, features.grid)  # (B, N, D) -> (B, D, h, w)
         around = self.squeeze_excite(self.depthwise(image).movedim(1, -1)).flatten(1, 2)  # (B, h, w, D) -> (B, N, D)
-        prefix = features.tokens[:, : features.num_prefix_tokens]
-        return features._replace(tokens=torch.cat([prefix, features.patches + around], dim=1))
+        return _with_patches(features, features.patches + around)
+
+
+class Block(nn.Module):
+    """R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))) over the patches, of half the width; W_2 starts at zero."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = dim // 2
+        self.norm = nn.LayerNorm(dim)
+        self.down = nn.Linear(dim, hidden, bias=False)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
+        self.squeeze_excite = SqueezeExcite(hidden, max(1, round(hidden / 4)))
+        self.up = _zero_linear(hidden, dim)
+
+    def forward(self, features: VisionFeatures) -> VisionFeatures:
+        """The same with other tokens."""
+        inner = F.silu(self.down(self.norm(features.patches)))  # (B, N, D / 2)
+        image = self.depthwise(inner.mT.unflatten(-1, features.grid)).movedim(1, -1)  # (B, h, w, D / 2)
+        around = self.up(self.squeeze_excite(F.silu(image)).flatten(1, 2))  # (B, N, D)
+        return _with_patches(features, features.patches + around)
+
+
+def _with_patches(features: VisionFeatures, patches: Tensor) -> VisionFeatures:
+    prefix = features.tokens[:, : features.num_prefix_tokens]
+    return features._replace(tokens=torch.cat([prefix, patches], dim=1))
 
 
 class PlaceCodes(nn.Module):

@@ -239,7 +239,12 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
     none = dict.fromkeys(PARTS, False)
     alone = [TableRow(f"acformer+{part}", SUCCESSOR, {**none, part: True}, "acformer") for part in PARTS]
     every = TableRow("acformer+all", SUCCESSOR, dict.fromkeys(PARTS, True), "acformer")
-    whole = {SUCCESSOR: {}, f"{SUCCESSOR}+near": {"near": True}, f"{SUCCESSOR}-grid": {"selector": "grid"}}
+    whole = {
+        SUCCESSOR: {},
+        f"{SUCCESSOR}+near": {"near": True},
+        f"{SUCCESSOR}+block": {"stem": False, "block": True},
+        f"{SUCCESSOR}-grid": {"selector": "grid"},
+    }
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in whole.items()]
     return (*(TableRow(name, name) for name in rivals), *changed, *alone, every)
 

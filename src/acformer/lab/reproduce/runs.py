@@ -189,8 +189,8 @@ NEW_FIELDS = {
     "compile_layers": False,
 }
 """Of a stage or the model, which recipes did not have then: with these values the run is the same."""
-NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}, "acformer_v2": {"near"}}
-"""Options that it did not have then: it was no alias; it had no such part, which is off by default."""
+NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}, "acformer_v2": {"near", "block"}}
+"""Options that it did not have then: it was no alias; these parts are off by default."""
 
 
 def as_recorded(recipe: Recipe) -> dict[str, Any]:
