@@ -5,7 +5,8 @@ import json
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_lora import logits, same, text  # noqa: F401 (fixtures)
 from test_train import data, recipe, weights  # noqa: F401 (fixtures)
 
@@ -109,6 +110,23 @@ def test_another_connector_is_refused(alone, data, text, other, message):  # noq
     with pytest.raises(CheckpointError, match=message) as caught:
         build_model(str(data / "vision"), text.partition("=")[2], **options, connector_weights=str(alone))
     assert "\n" not in str(caught.value)
+
+
+def test_an_option_that_is_younger_than_the_weights_has_its_default(alone, data, text, tmp_path):  # noqa: F811
+    path, older = alone / "connector.safetensors", tmp_path / "older.safetensors"
+    saved = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    options = json.loads(metadata["options"])
+    for name, value in (("stochastic_anchors", False), ("selector", "anchors")):
+        assert options["connector_kwargs"].pop(name) == value
+    save_file(saved, older, {**metadata, "options": json.dumps(options)})
+    vision, language_model = str(data / "vision"), text.partition("=")[2]
+    model, _ = build_model(vision, language_model, connector_kwargs=OPTIONS, connector_weights=str(older))
+    assert all(torch.equal(model.state_dict()[f"model.{name}"], weight) for name, weight in saved.items())
+    changed = {**OPTIONS, "selector": "grid"}
+    with pytest.raises(CheckpointError, match="selector anchors, and this model has grid"):
+        build_model(vision, language_model, connector_kwargs=changed, connector_weights=str(older))
 
 
 def test_a_connector_between_other_widths_is_refused(alone, tmp_path):

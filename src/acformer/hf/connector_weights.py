@@ -150,6 +150,9 @@ def _options(config: AcFormerConfig) -> dict[str, Any]:
 
 
 def _compare_options(source: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """`CheckpointError` for the first that differs. An option younger than the source had its default there."""
+    if (name := theirs.get("connector")) == ours["connector"]:
+        theirs = {**theirs, "connector_kwargs": {**connector_options(name), **theirs["connector_kwargs"]}}
     flat = [{**{k: v for k, v in one.items() if isinstance(v, str)}, **_inner(one)} for one in (theirs, ours)]
     for key in sorted(flat[0].keys() | flat[1].keys()):
         then, now = (options.get(key, "its default") for options in flat)
