@@ -57,8 +57,8 @@ class AcFormerV2Connector(Resampler):
     """`acformer` whose anchors know their place, see their surroundings and talk to each other.
 
     T = `num_anchors` + 1; of them, with `pooled`, at most a quarter are means of cells. Options beside `acformer`'s,
-    each a part (the file says what it computes): `stem`, `pooled`, `places`, `mass`, `talk`. With all of them off it is
-    `acformer`, whose weights it then takes too. One checkpoint serves any T.
+    each a part (the file says what it computes): `stem`, `block`, `pooled`, `places`, `near`, `mass`, `talk`. With all
+    of them off it is `acformer`, whose weights it then takes too. One checkpoint serves any T.
 
     Raises:
         UsageError: as `acformer`.
