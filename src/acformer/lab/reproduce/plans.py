@@ -239,7 +239,7 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
     none = dict.fromkeys(PARTS, False)
     alone = [TableRow(f"acformer+{part}", SUCCESSOR, {**none, part: True}, "acformer") for part in PARTS]
     every = TableRow("acformer+all", SUCCESSOR, dict.fromkeys(PARTS, True), "acformer")
-    whole = {
+    whole: dict[str, dict[str, Any]] = {
         SUCCESSOR: {},
         f"{SUCCESSOR}+near": {"near": True},
         f"{SUCCESSOR}+block": {"stem": False, "block": True},
