@@ -340,7 +340,7 @@ def test_a_paired_probe_starts_alike_whatever_the_connector_drew(mini, text):
     def start(text, **model):
         recipe = replace(mini, model=replace(mini.model, text=text, **model))
         torch.manual_seed(recipe.seed)
-        return train_probe._new_probe(recipe, recipe.finetune, 48).probe.state_dict()
+        return train_probe._new_probe(recipe, recipe.finetune, 48, None).probe.state_dict()
 
     ours, theirs = start(text), start(text, connector="mlp", connector_kwargs={})
     slots = ours.pop("slots"), theirs.pop("slots")
@@ -563,7 +563,7 @@ def test_questions_are_of_the_scenes_that_were_trained_on(changes, override, tmp
 
 
 def test_a_trial_that_diverges_has_no_loss_wherever_it_shows(task, monkeypatch):
-    def diverge(recipe, width):
+    def diverge(recipe, width, words):
         raise DivergedError("loss is nan at step 2")
 
     with monkeypatch.context() as patch:

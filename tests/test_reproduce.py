@@ -700,7 +700,10 @@ def test_records_of_connectors_by_their_former_names_are_recognised(table, monke
 
 
 def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
-    """They had a third of the scale's steps, and say so: no row of the scale itself takes them for its own."""
+    """They had a third of the scale's steps, and say so: no row of the scale itself takes them for its own.
+
+    Their trials were of a tenth of the steps, which is a fifth now.
+    """
     monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (16, 16), 1))
     short = "finetune.training.max_steps=1500"
     made = {
@@ -709,10 +712,24 @@ def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
     }
     assert made
     for overrides, name, known in (((short,), "hard-short", True), ((), None, False)):
-        cells = cells_of(plan_for("successor", "cpu-hard", overrides=overrides, name=name))
-        runs_of = [run for cell in cells for run in cell.runs]
-        marks = {job.fingerprint for run in runs_of for job in (run, Timing(run), *run.trials)}
+        plan = plan_for("successor", "cpu-hard", overrides=overrides, name=name)
+        search = replace(plan.scale.search, fraction=0.1)
+        marks = all_marks(replace(plan, scale=replace(plan.scale, search=search)))
         assert (made <= marks) == known
+
+
+def test_records_of_the_hard_scenes_are_the_plans(monkeypatch):
+    monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (16, 16), 1))
+    folder = Path(__file__).parents[1] / "results/successor-cpu-hard"
+    made = {json.loads(path.read_text())["fingerprint"] for path in folder.glob("*/*.json")}
+    assert made
+    assert made <= all_marks(plan_for("successor", "cpu-hard"))
+
+
+def all_marks(plan):
+    """Fingerprints of every job of a plan."""
+    every = [run for cell in cells_of(plan) for run in cell.runs]
+    return {job.fingerprint for run in every for job in (run, Timing(run), *run.trials)}
 
 
 def test_rows_of_another_table_are_those_runs(monkeypatch):
