@@ -180,12 +180,26 @@ def test_the_stem_leaves_the_choice_of_anchors_alone(make_features):
 
 def test_the_stem_is_its_formula(make_features):
     features, stem = make_features(CLIP), shaken(new(**{**NONE, "stem": True})).stem
-    image = F.pad(stem.norm(features.patches).unflatten(1, (6, 6)), (0, 0, 1, 1, 1, 1))
-    kernel = stem.depthwise.weight[:, 0]  # (D, 3, 3)
-    around = sum(image[:, y : y + 6, x : x + 6] * kernel[:, y, x] for y in range(3) for x in range(3))
+    around = neighbours(stem.norm(features.patches), stem.depthwise)
     expected = features.patches + stem.squeeze_excite(around).flatten(1, 2)
     # Measured 5e-7: sums in another order.
     torch.testing.assert_close(stem(features).patches, expected, rtol=0, atol=5e-6)
+
+
+def test_the_block_is_its_formula_and_leaves_the_prefix(make_features):
+    features, block = make_features(CLIP), shaken(new(**{**NONE, "block": True})).block
+    around = F.silu(neighbours(F.silu(block.norm(features.patches) @ block.down.weight.T), block.depthwise))
+    expected = features.patches + block.squeeze_excite(around).flatten(1, 2) @ block.up.weight.T
+    # Measured 5e-7.
+    torch.testing.assert_close(block(features).patches, expected, rtol=0, atol=5e-6)
+    assert torch.equal(block(features).tokens[:, :1], features.tokens[:, :1])
+
+
+def neighbours(patches, depthwise):
+    """A depth-wise 3 x 3 convolution over 6 x 6 patches, written out: (B, 36, C) -> (B, 6, 6, C)."""
+    image = F.pad(patches.unflatten(1, (6, 6)), (0, 0, 1, 1, 1, 1))
+    kernel = depthwise.weight[:, 0]  # (C, 3, 3)
+    return sum(image[:, y : y + 6, x : x + 6] * kernel[:, y, x] for y in range(3) for x in range(3))
 
 
 def test_pooled_cells_come_first_and_leave_room_for_anchors(make_features):

@@ -22,6 +22,7 @@ The choice of the anchors is the encoder's alone, as in the paper: nothing here 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,13 +106,13 @@ class AcFormerV2Connector(Resampler):
             seen = seen if stem is None else stem(seen)
         queries = self.placed_queries(features, seen, num_tokens)
         hidden, last = queries.vectors, len(self.stack.layers) - 1
+        nearness = self.nearness(queries, seen)
         if self.places is not None:
             hidden = hidden + self.places.to_queries(place_codes(queries, hidden.dtype))
         for number, layer in enumerate(self.stack.layers):
             assert isinstance(layer, CrossAttentionLayer)
             added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
-            near = None if self.near is None else self.near_patches(number, queries, seen)  # (B, H, T, L)
-            hidden = hidden + layer.attention(hidden, seen.tokens, near, added)
+            hidden = hidden + layer.attention(hidden, seen.tokens, nearness[number], added)
             if number == last and self.mass is not None:
                 hidden = hidden + self.mass(queries, seen)
             if number == last and self.talk is not None:
@@ -122,10 +123,12 @@ class AcFormerV2Connector(Resampler):
             hidden = hidden + self.places.to_outputs(place_codes(queries, hidden.dtype))
         return self.projector(hidden)
 
-    def near_patches(self, layer: int, queries: Queries, features: VisionFeatures) -> Float[Tensor, "B H T L"]:
-        """What a layer's logits of patches that are far away are lowered by."""
-        assert self.near is not None
-        return locality_penalty(self.near[layer], patch_distances(queries, features), queries.vectors.dtype)
+    def nearness(self, queries: Queries, features: VisionFeatures) -> Sequence[Float[Tensor, "B H T L"] | None]:
+        """What is added to the logits of each layer: (B, H, T, P+N), or nothing."""
+        if self.near is None:
+            return [None] * len(self.stack.layers)
+        apart = patch_distances(queries, features)
+        return [locality_penalty(locality, apart) for locality in self.near]
 
     def placed_queries(self, features: VisionFeatures, seen: VisionFeatures, num_tokens: int) -> Queries:
         """[CLS], means of cells, chosen patches, means of merged ones; chosen by `features`, taken from `seen`."""
@@ -301,12 +304,10 @@ def initial_locality(num_heads: int) -> nn.Parameter:
     return nn.Parameter(start)
 
 
-def locality_penalty(
-    locality: Float[Tensor, "H"], distances: Float[Tensor, "B T L"], dtype: torch.dtype
-) -> Float[Tensor, "B H T L"]:
-    """-softplus(g) distance, to be added to the logits of attention."""
+def locality_penalty(locality: Float[Tensor, "H"], distances: Float[Tensor, "B T L"]) -> Float[Tensor, "B H T L"]:
+    """-softplus(g) distance, in float32, to be added to the logits of attention."""
     weight = F.softplus(locality.float()).view(-1, 1, 1)  # (H, 1, 1)
-    return (-weight * distances.unsqueeze(1)).to(dtype)  # (B, 1, T, L) -> (B, H, T, L)
+    return -weight * distances.unsqueeze(1)  # (B, 1, T, L) -> (B, H, T, L)
 
 
 class Talk(nn.Module):
@@ -324,8 +325,8 @@ class Talk(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         qkv = self.qkv_proj(self.norm(hidden)).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, H, d)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d) each
-        penalty = locality_penalty(self.locality, squared_distances(queries), query.dtype)  # (B, H, T, T)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=penalty)
+        penalty = locality_penalty(self.locality, squared_distances(queries))  # (B, H, T, T)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=penalty.to(query.dtype))
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
 
 

@@ -39,7 +39,7 @@ class CrossAttention(nn.Module):
         value = value if added_values is None else value + added_values
         key, value = self._split_heads(key), self._split_heads(value)
         if mask is not None and mask.is_floating_point():
-            mask = mask.to(query.dtype)  # which autocast may have made another one
+            mask = mask.to(query.dtype)  # which autocast may have changed
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, H, T, d)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
 

@@ -92,14 +92,14 @@ def short_attention(
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa`, of (B, H, L, d) queries and (B, G, L, d) keys and values -> (B, L, H, d).
 
-    Rows longer than `LONGEST`, other dtypes, dropout and whatever else the kernel is told are the kernel's.
+    Rows longer than `LONGEST`, other dtypes, dropout and whatever else the kernel is given are the kernel's.
     """
-    told_more = any(kwargs.get(name) is not None for name in ("is_causal", "position_bias", "softcap", "cache"))
+    has_more = any(kwargs.get(name) is not None for name in ("is_causal", "position_bias", "softcap", "cache"))
     is_long = max(query.shape[2], key.shape[2]) > LONGEST
     by_head = attention_mask is not None and attention_mask.shape[1] > 1
-    if query.dtype != torch.bfloat16 or dropout or told_more or is_long or by_head:
-        told = {"dropout": dropout, "scaling": scaling, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **told)
+    if query.dtype != torch.bfloat16 or dropout or has_more or is_long or by_head:
+        kwargs = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, length, width = query.shape
     groups, seen = key.shape[1:3]
     scaling = width**-0.5 if scaling is None else scaling

@@ -230,7 +230,7 @@ def few_connectors() -> tuple[TableRow, ...]:
 
 SUCCESSOR = "acformer_v2"
 PARTS = ("places", "talk", "stem", "mass", "pooled")
-"""Options of `acformer_v2`, each a part that can be left out."""
+"""Options of `acformer_v2` that have a row alone; `near` and `block` are tried on top of the default instead."""
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:

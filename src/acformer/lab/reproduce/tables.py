@@ -32,7 +32,11 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         parts += [f"## {data}", _verdict(cells, data)]
         for budget in scale.budgets:
             chosen = [cell for cell in cells if cell.budget == budget and cell.fraction == 1]
-            parts += [f"### T = {budget}", _table(chosen, data), _kinds_table(chosen, data), _pairs(plan, chosen, data)]
+            parts.append(f"### T = {budget}")
+            if any(cell.records for cell in chosen) or all_errors(chosen):
+                parts += [_table(chosen, data), _kinds_table(chosen, data), _pairs(plan, chosen, data)]
+            else:
+                parts.append("Not measured.")
         for fraction in plan.fractions:
             chosen = [cell for cell in cells if cell.fraction == fraction]
             parts += [f"### {fraction:g} of the samples, T = {scale.scaling_budget}", _table(chosen, data)]
