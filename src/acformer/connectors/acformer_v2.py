@@ -2,7 +2,7 @@
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): an anchor's token does not say where it is,
 a softmax is a mean, which holds neither area nor number, and two anchors on one object do not learn of each other.
-Seven parts, each an option; without any of them it is `acformer`, weights and tokens:
+Eight parts, each an option; without any of them it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
     block    the stem with hidden layers: R' = R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))), D -> D / 2 -> D
@@ -11,6 +11,8 @@ Seven parts, each an option; without any of them it is `acformer`, weights and t
              start at zero; keys stay as they are, so what is looked for has no place
     near     heads of the cross-attention, too, may prefer what is near, each by its own learned locality:
              logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
+    compete  the tokens share out the patches: the softmax of the cross-attention goes over the tokens, then each takes
+             the mean of what it has got (`competing_attention`); so no patch is left out, and none is read by all alike
     mass     what lies in a token's own cell: its share of the patches, their mean place and spread, a small MLP of them
     talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
              logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2
@@ -58,8 +60,8 @@ class AcFormerV2Connector(Resampler):
     """`acformer` whose anchors know their place, see their surroundings and talk to each other.
 
     T = `num_anchors` + 1; of them, with `pooled`, at most a quarter are means of cells. Options beside `acformer`'s,
-    each a part (the file says what it computes): `stem`, `block`, `pooled`, `places`, `near`, `mass`, `talk`. With all
-    of them off it is `acformer`, whose weights it then takes too. One checkpoint serves any T.
+    each a part (the file says what it computes): `stem`, `block`, `pooled`, `places`, `near`, `compete`, `mass`,
+    `talk`. With all of them off it is `acformer`, whose weights it then takes too. One checkpoint serves any T.
 
     Raises:
         UsageError: as `acformer`.
@@ -87,11 +89,12 @@ class AcFormerV2Connector(Resampler):
         talk: bool = True,
         near: bool = False,
         block: bool = False,
+        compete: bool = False,
     ):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
         super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)
         width, inner = geometry.vision_hidden_size, num_heads * head_dim
-        self.pooled = pooled
+        self.pooled, self.compete = pooled, compete
         self.stem = Stem(width) if stem else None
         self.block = Block(width) if block else None
         self.places = PlaceCodes(width, inner, depth) if places else None
@@ -112,7 +115,7 @@ class AcFormerV2Connector(Resampler):
         for number, layer in enumerate(self.stack.layers):
             assert isinstance(layer, CrossAttentionLayer)
             added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
-            hidden = hidden + layer.attention(hidden, seen.tokens, nearness[number], added)
+            hidden = hidden + layer.attention(hidden, seen.tokens, nearness[number], added, self.compete)
             if number == last and self.mass is not None:
                 hidden = hidden + self.mass(queries, seen)
             if number == last and self.talk is not None:

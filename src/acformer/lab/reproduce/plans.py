@@ -230,7 +230,7 @@ def few_connectors() -> tuple[TableRow, ...]:
 
 SUCCESSOR = "acformer_v2"
 PARTS = ("places", "talk", "stem", "mass", "pooled")
-"""Options of `acformer_v2` that have a row alone; `near` and `block` are tried on top of the default instead."""
+"""Options of `acformer_v2` that have a row alone; the others are tried on top of the default instead."""
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:
@@ -243,6 +243,8 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
         SUCCESSOR: {},
         f"{SUCCESSOR}+near": {"near": True},
         f"{SUCCESSOR}+block": {"stem": False, "block": True},
+        f"{SUCCESSOR}+block+near": {"stem": False, "block": True, "near": True},
+        f"{SUCCESSOR}+block+near+compete": {"stem": False, "block": True, "near": True, "compete": True},
         f"{SUCCESSOR}-grid": {"selector": "grid"},
     }
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in whole.items()]

@@ -101,7 +101,7 @@ DIFFICULTIES = {
             sizes=(36, 110),
             word_sizes=(36, 52),
             printed=(0, 2),
-            scenes=(8_000, 250, 500, 250),
+            scenes=(16_000, 250, 500, 250),
             hidden=0.35,
             busy=True,
         ),
