@@ -3,6 +3,8 @@
 `-k NAME` runs the contract tests of one selector (`TestEvery`), and those that it has for itself.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,7 +136,7 @@ class TestEvery:
         half = features._replace(tokens=features.tokens.bfloat16(), cls_attention=features.cls_attention.bfloat16())
         assert is_a_choice(SELECTORS[name](half, 5), half, 5)
 
-    @pytest.mark.parametrize("name", ["anchors", "cls_topk", "diverse", "norm"])
+    @pytest.mark.parametrize("name", ["anchors", "cls_topk", "diverse", "norm", "spaced"])
     def test_nan_is_refused_by_the_name_of_what_holds_it(self, name):
         features = features_of(torch.randn(3, 30, 8))
         read = "features.patches" if name in ("diverse", "norm") else "cls_attention"
@@ -180,7 +182,7 @@ class TestEvery:
         for name in ("diverse", "grid", "norm", "random"):
             assert not SELECTORS[name].needs_cls_attention
             assert is_a_choice(SELECTORS[name](features, 5), features, 5)
-        for name in ("anchors", "cls_topk"):
+        for name in ("anchors", "cls_topk", "spaced"):
             assert SELECTORS[name].needs_cls_attention
             with pytest.raises(UsageError, match=r"no \[CLS\] attention.*: diverse, grid, norm, random"):
                 SELECTORS[name](features, 5)
@@ -328,6 +330,45 @@ class TestDiverse:
         patches = torch.eye(4)[[0, 0, 1, 1, 2, 3]][None]
         chosen = SELECTORS["diverse"](features_of(patches), 4)[0].tolist()
         assert chosen == [0, 2, 4, 5], "one of each, the lower of equals"
+
+
+class TestSpaced:
+    def test_by_hand(self):
+        """sigma^2 = 0.35^2 * 8 / 2 = 0.49: a chosen patch leaves its neighbour 1 - exp(-1 / 0.98) = 0.64 of its score."""
+        for neighbour, chosen in ((0.39, [0, 7]), (0.41, [0, 1])):  # 0.64 of it is 0.249 and 0.262
+            attention = torch.tensor([[[0.5, neighbour, 0.1, 0.0, 0.0, 0.0, 0.0, 0.255]]])
+            assert SELECTORS["spaced"](features_of(attention=attention), 2).tolist() == [chosen]
+
+    @pytest.mark.parametrize("num", [1, 3, 8, 30])
+    def test_is_the_loop(self, num):
+        """Patch by patch, in float64."""
+        torch.manual_seed(0)
+        features = features_of(attention=torch.rand(4, 3, 30).double(), grid=(5, 6))
+        for image, attention in enumerate(features.cls_attention.mean(1)):
+            left, chosen = attention.tolist(), []
+            while len(chosen) < num:
+                best = max((n for n in range(30) if n not in chosen), key=lambda n: left[n])
+                chosen.append(best)
+                for n in range(30):
+                    apart = (n % 6 - best % 6) ** 2 + (n // 6 - best // 6) ** 2
+                    left[n] *= 1 - math.exp(-apart / (2 * 0.35**2 * 30 / num))
+            assert SELECTORS["spaced"](features, num)[image].tolist() == sorted(chosen)
+
+    def test_covers_more_things_than_a_top_k(self):
+        """Nine bumps of very different height on a 16 x 16 grid: nine choices find all of them, a top-k few."""
+        order = torch.arange(256)
+        x, y = order % 16, order // 16
+        centres = [(2 + 5 * i, 2 + 5 * j) for j in range(3) for i in range(3)]
+        height = torch.linspace(1, 5, 9)
+        bumps = [h * torch.exp(-((x - a) ** 2 + (y - b) ** 2) / 2) for h, (a, b) in zip(height, centres, strict=True)]
+        features = features_of(attention=torch.stack(bumps).sum(0).expand(1, 2, -1), grid=(16, 16))
+        assert SELECTORS["spaced"](features, 9).tolist() == [[a + 16 * b for a, b in centres]]
+        assert len({*SELECTORS["cls_topk"](features, 9)[0].tolist()} & {a + 16 * b for a, b in centres}) < 6
+
+    def test_is_no_matter_of_the_scale_of_scores(self):
+        features = features_of(attention=torch.rand(2, 3, 30).softmax(-1), grid=(5, 6))
+        larger = features._replace(cls_attention=1000 * features.cls_attention)
+        assert torch.equal(SELECTORS["spaced"](features, 9), SELECTORS["spaced"](larger, 9))
 
 
 @pytest.mark.parametrize("name", ["diverse", "dominant_contextual"])

@@ -183,6 +183,43 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
+SPACING = 0.35  # of sqrt(N / K); of 0.2 to 0.6 what covers most objects of drawn scenes (docs/log.md)
+
+
+def spaced_points(scores: Float[Tensor, "B 1 N"], grid: tuple[int, int], num: int) -> Int[Tensor, "B K"]:
+    """The best patches one by one, each of which takes score from its surroundings (soft non-maximum suppression).
+
+    s_n <- s_n (1 - exp(-|p_n - p_best|^2 / (2 sigma^2))), p in patches, sigma = 0.35 sqrt(N / K): 0.35 of the side of
+    the square that a choice has for itself where K of them divide the image evenly. K steps in a row, each for the
+    whole batch.
+    """
+    check_num_anchors(num, scores.shape[-1])
+    refuse_nan(scores, "cls_attention")
+    (h, w), order = grid, torch.arange(scores.shape[-1], device=scores.device)  # (N,)
+    places = torch.stack([order % w, order // w], dim=-1).float()  # (N, 2)
+    twice_variance = 2 * SPACING**2 * h * w / num
+    left = scores.float().squeeze(1).nan_to_num()  # (B, N); NaN would win every comparison
+    taken, chosen = torch.zeros_like(left, dtype=torch.bool), []
+    for _ in range(num):
+        best = left.masked_fill(taken, -1.0).argmax(dim=-1, keepdim=True)  # (B, 1)
+        chosen.append(best)
+        taken = taken | (order == best)
+        apart = (places - places[best]).square().sum(-1)  # (N, 2) - (B, 1, 2) -> (B, N)
+        left = left * -torch.expm1(-apart / twice_variance)
+    return torch.cat(chosen, dim=-1).sort(dim=-1).values
+
+
+def spaced(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
+    """`spaced_points` of the [CLS] attention's mean."""
+    return spaced_points(mean_cls_attention(features), features.grid, num)
+
+
+def sample_spaced(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
+    """The same of scores that were divided by noise, as `by_score` has it."""
+    known = mean_cls_attention(features).float()
+    return spaced_points(known / torch.empty_like(known).exponential_(), features.grid, num)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Where products of matrices keep their dtype: autocast would round them, and so change what is chosen."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -202,6 +239,11 @@ SELECTORS = Registry[Selector](
             by_score(image_noise).select,
             by_score(uniform).sample,
             samples_in_training=True,
+        ),
+        "spaced": Selector(
+            "The [CLS] attention's mean, damped around every choice (soft non-maximum suppression).",
+            spaced,
+            sample_spaced,
         ),
     },
     # VisionZip (Yang et al. 2025) chooses as `cls_topk` does. What it adds, tokens that are means of the other patches

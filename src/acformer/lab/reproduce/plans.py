@@ -246,8 +246,18 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
         f"{SUCCESSOR}+block+near": {"stem": False, "block": True, "near": True},
         f"{SUCCESSOR}+block+near+compete": {"stem": False, "block": True, "near": True, "compete": True},
         f"{SUCCESSOR}-grid": {"selector": "grid"},
+        f"{SUCCESSOR}-spaced": {"selector": "spaced"},
+        f"{SUCCESSOR}+block+near-spaced": {"stem": False, "block": True, "near": True, "selector": "spaced"},
+        f"{SUCCESSOR}+block+near+compete-spaced": {
+            "stem": False,
+            "block": True,
+            "near": True,
+            "compete": True,
+            "selector": "spaced",
+        },
     }
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in whole.items()]
+    changed.append(TableRow("acformer-spaced", "acformer", {"selector": "spaced"}, "acformer"))
     return (*(TableRow(name, name) for name in rivals), *changed, *alone, every)
 
 
