@@ -66,6 +66,14 @@ def connector_options(name: str) -> dict[str, Any]:
     return {**options, **CONNECTORS.resolve(name).options}
 
 
+def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a connector: those that are given, former names understood, and the defaults of the others.
+
+    `UsageError` for a name that is not known.
+    """
+    return {**connector_options(name), **_renamed(CONNECTORS[name], options)}
+
+
 def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:
     """A new connector: VisionFeatures -> (B, T, E).
 
@@ -111,6 +119,7 @@ __all__ = [
     "Geometry",
     "budget_options",
     "build_connector",
+    "complete_options",
     "connector_options",
     "list_connectors",
 ]

@@ -49,11 +49,13 @@ class Connector(nn.Module, ABC):
     hidden_layers: indices into the encoder's `hidden_states` of what it reads beside the feature layer, none above it
     (they come in `VisionFeatures.hidden_layers`).
     former_options: names that its options once had, and those that they have now; configs may still hold them.
+    former_defaults: what options once were by default: of weights that do not say what they were.
     """
 
     elastic = False
     hidden_layers: tuple[int, ...] = ()
     former_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    former_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, geometry: Geometry):
         super().__init__()

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import acformer
-from acformer.connectors import CONNECTORS, connector_options
+from acformer.connectors import CONNECTORS, complete_options
 from acformer.files import write_text
 from acformer.hf.configuration_acformer import AcFormerConfig
 from acformer.hf.public_names import public_name
@@ -121,7 +121,7 @@ def _base_models(config: AcFormerConfig) -> list[str]:
 def _made_of(config: AcFormerConfig) -> str:
     vision, text, geometry = config.vision_config, config.text_config, config.geometry
     connector = config.build_connector()
-    options = {**connector_options(config.connector), **config.connector_kwargs}
+    options = complete_options(config.connector, config.connector_kwargs)
     shown = ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "no options"
     idea = (CONNECTORS[config.connector].__doc__ or "").partition("\n")[0]
     tokens = f"{connector.num_tokens} of {config.num_vision_tokens}"

@@ -1,12 +1,14 @@
 """`AcFormerConfig`: the architecture, saved with the weights. How it was trained is a `Recipe`'s business."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from acformer.connectors import Connector, Geometry, build_connector
+from acformer.connectors import Connector, Geometry, build_connector, complete_options
+from acformer.errors import UsageError
 from acformer.hf.auto_map import AUTO_MAP
 from acformer.hf.budgets import runs
 from acformer.hf.fusion import FUSIONS
@@ -71,8 +73,13 @@ class AcFormerConfig(Published, PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)  # whatever code a folder names as its own
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', without the folders from which encoder and language model were read."""
+        """As transformers', without the folders from which encoder and language model were read.
+
+        With every option of the connector, so that a saved model stays what it is when a default changes.
+        """
         values = super().to_dict()
+        with suppress(UsageError):  # an unknown connector is refused where it is built
+            values["connector_kwargs"] = complete_options(self.connector, self.connector_kwargs)
         for part in filter(lambda part: isinstance(part, dict), map(values.get, self.sub_configs)):
             part["_name_or_path"] = public_name(part.get("_name_or_path"))
         return values
