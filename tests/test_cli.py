@@ -306,3 +306,8 @@ def test_debug_shows_the_traceback(capsys):
 
     with pytest.raises(UsageError):
         main(["train", "tinny", "--debug"])
+
+
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "acformer", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("acformer ")

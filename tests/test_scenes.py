@@ -1,6 +1,7 @@
 """Scenes: pure, apart, whole; every answer worked out a second time from what is where; images as laid out."""
 
 import hashlib
+import importlib.util
 import inspect
 import os
 import re
@@ -9,9 +10,11 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, islice, product
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from acformer.data.datasets import load_samples
@@ -23,7 +26,7 @@ from acformer.lab.scenes import dataset
 from acformer.lab.scenes.captions import caption
 from acformer.lab.scenes.dataset import image_path, scene_samples, undrawn_samples
 from acformer.lab.scenes.difficulty import DIFFICULTIES, SPLITS, lookalikes, nouns_by_name, word_list
-from acformer.lab.scenes.layout import MAX_OVERLAP, SIDE, held_out, make_scene, place_name, size_name
+from acformer.lab.scenes.layout import MAX_OVERLAP, SIDE, Scene, Thing, held_out, make_scene, place_name, size_name
 from acformer.lab.scenes.questions import ask, popular_names
 
 FULL, SMALL, HARD = (DIFFICULTIES[f"openmoji-scenes{ending}"] for ending in ("", "-small", "-hard"))
@@ -418,3 +421,19 @@ def test_backgrounds_come_in_all_kinds(real):
     flat = sum(image.std(axis=(0, 1)).max() < 1 for image in images)
     assert 2 <= flat <= 15  # one kind in six is of one colour
     assert all(image.mean() > 80 for image in images), "bright enough for dark outlines"
+
+
+# The example
+
+
+def test_coverage_by_hand():
+    """Of two objects and a word one patch in each of the first two; the other two patches on the ground."""
+    path = Path(__file__).parents[1] / "examples/coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    objects = Thing("cat", 42, 42, 84, 84), Thing("dog", 200, 42, 60, 60)
+    scene = Scene("by hand", SMALL, objects, (Thing("sign", 300, 300, 20, 20),))
+    # 4 x 4 patches of 84 pixels: their middles are 42, 126, 210 and 294
+    assert module.coverage(scene, torch.tensor([0, 2, 5, 10]), (4, 4)) == (pytest.approx(2 / 3), 0.5)
+    assert module.coverage(scene, torch.tensor([15]), (4, 4)) == (pytest.approx(1 / 3), 0.0)

@@ -334,7 +334,7 @@ class TestDiverse:
 
 class TestSpaced:
     def test_by_hand(self):
-        """sigma^2 = 0.35^2 * 8 / 2 = 0.49: a chosen patch leaves its neighbour 1 - exp(-1 / 0.98) = 0.64 of its score."""
+        """sigma^2 = 0.35^2 * 8 / 2 = 0.49: a choice leaves its neighbour 1 - exp(-1 / 0.98) = 0.64 of its score."""
         for neighbour, chosen in ((0.39, [0, 7]), (0.41, [0, 1])):  # 0.64 of it is 0.249 and 0.262
             attention = torch.tensor([[[0.5, neighbour, 0.1, 0.0, 0.0, 0.0, 0.0, 0.255]]])
             assert SELECTORS["spaced"](features_of(attention=attention), 2).tolist() == [chosen]
