@@ -103,6 +103,11 @@ def test_a_picture_of_several_samples_is_encoded_once(processor, pictures):
     assert batch["vision_features"]["image_index"].tolist() == [0, 0, 1]
 
 
+def test_samples_without_a_picture_are_not_grouped(processor, pictures):
+    samples = [make_sample("a"), make_sample("b", pictures[0]), make_sample("c"), make_sample("d", pictures[0])]
+    assert [[s.id for s in group] for group in grouped(samples, 2)] == [["a"], ["b", "d"], ["c"]]
+
+
 def test_one_bad_sample_in_a_batch_of_one_does_not_end_the_run(processor, pictures, tmp_path):
     log = SkipLog()
     log.offered = 1000

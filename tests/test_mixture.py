@@ -46,7 +46,8 @@ def test_a_sampler_mixes_and_groups_by_length():
     lengths = [10] * 30 + [500] * 30
     plain = MixtureSampler([30, 30], [1.0, 0.5], 0, lambda: 0)
     assert len(plain) == len([*plain]) == 45
-    assert [*plain] == [*plain] != sorted(plain)
+    assert [*plain] == [*plain]
+    assert any(number >= 30 for number in [*plain][:20]), "the second source does not wait for the first one's end"
     grouped = [*MixtureSampler([30, 30], [1.0, 0.5], 0, lambda: 0, lengths, rows=5)]
     assert sorted(grouped) == sorted(plain)
     mixed = [start for start in range(0, 45, 5) if len({lengths[i] for i in grouped[start : start + 5]}) > 1]
@@ -80,6 +81,12 @@ def test_names_paths_and_mappings_together(files, data):  # noqa: F811
     with pytest.raises(IndexError):
         samples.sample(12)
     assert data_title([f"{files}/a.json", "x"]) == f"{files}/a.json and 1 more"
+
+
+def test_lengths_are_of_the_records_that_are_taken(files, data):  # noqa: F811
+    paths = [f"{files}/a.json", f"{files}/b.json"]
+    whole = open_samples(paths, image_root=data).lengths(9)
+    assert open_samples(paths, image_root=data, limit=3).lengths(9).tolist() == [*whole[:3], *whole[8:11]]
 
 
 def test_the_fingerprint_follows_weights_limits_and_files(files, data):  # noqa: F811

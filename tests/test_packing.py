@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import IGNORE
-from acformer.data.packing import Packing
+from acformer.data.packing import Packing, packed_text
 from acformer.data.samples import Sample
 from acformer.errors import UsageError
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration
@@ -122,6 +122,22 @@ def test_the_loss_is_that_of_rows_of_their_own(batches, family, attention, longe
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_samples_stand_in_the_rows_that_were_chosen_for_them(batches):
+    packing = Packing(250, hidden_size=10**9)
+    padded, packed = batches(None), batches(packing)
+    lengths = padded["attention_mask"].sum(1).tolist()
+    rows = packing.rows(lengths)
+    assert [number for row in rows for number in row] != [*range(7)], "another order than that of the batch"
+    assert packed["sample_ids"] == [str(number) for row in rows for number in row]
+    assert packed["input_ids"].shape == (len(rows), max(sum(lengths[number] for number in row) for row in rows))
+
+
+def test_the_first_token_of_a_sample_is_not_learnt_from_the_sample_before_it():
+    items = [{"input_ids": [number, number], "labels": [number, number]} for number in (1, 2, 3)]
+    packed = packed_text(items, [2, 1], 0)
+    assert packed["labels"].tolist() == [[IGNORE, 1, IGNORE, 2], [IGNORE, 3, IGNORE, IGNORE]]
+
+
 def test_all_in_one_row_for_a_kernel_of_varying_lengths(batches):
     model = model_of("llama").eval()
     packed = batches(Packing(8, 32, in_one_row=True))
@@ -134,9 +150,7 @@ def test_all_in_one_row_for_a_kernel_of_varying_lengths(batches):
 def test_a_language_model_that_would_mix_samples_is_refused(family):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {family}")
-    with pytest.raises(
-        UsageError, match=r"^packing: .*(would see the one before it|does not number).*leave packing out"
-    ):
+    with pytest.raises(UsageError, match=r"^packing: in .* would see the one before it in its row; leave packing out"):
         check_packing(model_of(family, "eager", **NOT_APART[family]))
 
 

@@ -84,6 +84,13 @@ def test_overrides_are_yaml_and_reach_every_level():
     assert [stage for stage, _ in recipe.stages()] == ["pretrain"]
 
 
+def test_another_connector_does_not_take_over_the_options_of_the_recipes_own():
+    assert load_recipe("tiny").model.connector_kwargs
+    assert load_recipe("tiny", ["model.connector=mlp"]).model.connector_kwargs == {}
+    own = ["model.connector=perceiver", "model.connector_kwargs.depth=1"]
+    assert load_recipe("tiny", own).model.connector_kwargs == {"depth": 1}
+
+
 def test_a_recipe_file_and_its_own_record_say_the_same(tmp_path):
     recipe = load_recipe("tiny", ["seed=5"])
     path = tmp_path / "mine.yaml"

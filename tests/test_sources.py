@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from acformer.data import datasets
-from acformer.data.datasets import load_samples
+from acformer.data.datasets import load_samples, open_samples
 from acformer.data.samples import Sample
 from acformer.data.skip_log import SkipLog
 from acformer.data.sources import read_samples
@@ -231,6 +231,7 @@ def test_easy_vqa_names(folder, monkeypatch):
         "train",
         "test",
     ]
+    assert [open_samples(f"easy-vqa{part}").sample(0).id for part in ("", ":test")] == ["train", "test"]
     with pytest.raises(UsageError, match="did you mean 'train'"):
         load_samples("easy-vqa:trian")
 

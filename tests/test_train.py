@@ -475,6 +475,7 @@ def test_bad_records_are_written_down_and_the_cap_works(recipe, data, tmp_path):
     one_bad = ["stage=finetune", "pretrain=null", f"finetune.data={data}/one_bad.json"]
     with pytest.raises(DataError, match="1 of 12 records are bad"):
         train(recipe(*one_bad), progress=False)
+    assert not (tmp_path / "run/recipe.yaml").exists(), "it is told before anything trains"
     train(recipe(*one_bad, "finetune.max_bad_fraction=0.1", "resume=false"), progress=False)
     (entry,) = [json.loads(line) for line in (tmp_path / "run/finetune/skipped.jsonl").read_text().splitlines()]
     assert entry["record"] == 4

@@ -154,6 +154,12 @@ def test_each_module_that_is_named_learns_and_no_other(recipe, tmp_path):  # noq
         assert not moved & ({"vision_tower", "connector", "language_model"} - {module})
 
 
+def test_what_stands_in_bfloat16_in_stage_one_learns_in_float32_in_stage_two(recipe):  # noqa: F811
+    found = weights(train(recipe("pretrain.training.bf16=true", "finetune.training.bf16=true"), progress=False))
+    learnt = {value.dtype for name, value in found.items() if name.startswith("model.language_model.")}
+    assert learnt == {torch.float32}
+
+
 def test_each_module_learns_at_its_own_rate(recipe, batches):  # noqa: F811
     train(recipe(*ONE), progress=False)
     groups = batches[0]["trainer"].optimizer.param_groups
