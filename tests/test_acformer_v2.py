@@ -25,7 +25,7 @@ from acformer.training.trace import FlopCounter
 from acformer.vision.features import VisionFeatures
 
 PARTS = ("stem", "pooled", "places", "mass", "talk", "near", "block", "compete")
-NONE, ALL = dict.fromkeys(PARTS, False), dict.fromkeys(PARTS, True)
+NONE, ALL = {"selector": "anchors", **dict.fromkeys(PARTS, False)}, dict.fromkeys(PARTS, True)
 SIZES = {"depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "num_anchors": 9}
 GEOMETRIES = {
     "clip": Geometry(32, 24, (6, 6), 1),
@@ -54,7 +54,7 @@ def shaken(connector):
 @pytest.mark.parametrize("options", [{}, {"selector": "diverse"}, {"selector": "dominant_contextual"}])
 def test_without_its_parts_it_is_acformer(geometry, options, make_features):
     features = make_features(geometry)
-    old, bare = new(geometry, name="acformer", **options), new(geometry, **NONE, **options)
+    old, bare = new(geometry, name="acformer", **options), new(geometry, **{**NONE, **options})
     assert bare.state_dict().keys() == old.state_dict().keys()
     for num_tokens in (10, 17):
         assert torch.equal(bare(features, num_tokens), old(features, num_tokens))
@@ -133,8 +133,8 @@ def test_compiles_and_exports_with_all_parts(make_features):
 
 @pytest.mark.slow
 def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
-    """As of `acformer` (test_compile.py); with `pooled`, whose cells Python counts, each has its own."""
-    connector, features = shaken(new(**{**ALL, "pooled": False})), make_features(CLIP, batch=3)
+    """As of `acformer` (test_compile.py); with `pooled` and `spaced`, whose steps Python counts, each has its own."""
+    connector, features = shaken(new(**{**ALL, "pooled": False, "selector": "anchors"})), make_features(CLIP, batch=3)
     torch.compiler.reset()
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(connector, fullgraph=True, backend=backend)
@@ -142,6 +142,13 @@ def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
         torch.testing.assert_close(compiled(features, num_tokens), connector(features, num_tokens), rtol=0, atol=2e-6)
     assert backend.frame_count <= 2
     torch.compiler.reset()
+
+
+def test_by_default_it_has_four_parts_and_spaced_queries(make_features):
+    features = make_features(CLIP)
+    chosen = dict.fromkeys(("block", "places", "near", "talk"), True)
+    same = new(**{**NONE, **chosen, "selector": "spaced"})
+    assert torch.equal(new()(features), same(features))
 
 
 def multiply_adds(name, **options):

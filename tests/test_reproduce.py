@@ -723,18 +723,40 @@ def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
         assert (made <= marks) == known
 
 
-def test_records_of_the_hard_scenes_are_the_plans(monkeypatch):
-    monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (16, 16), 1))
-    folder = Path(__file__).parents[1] / "results/successor-cpu-hard"
-    made = {json.loads(path.read_text())["fingerprint"] for path in folder.glob("*/*.json")}
+@pytest.mark.parametrize(
+    ("folder", "side", "overrides"),
+    [
+        ("successor-cpu", 12, ()),
+        ("longer-successor-cpu", 12, ("finetune.training.max_steps=4500",)),
+        ("successor-cpu-hard", 16, ()),
+        ("successor-cpu-smollm2", 12, ()),
+    ],
+)
+def test_records_of_the_successor_are_the_plans(monkeypatch, folder, side, overrides):
+    """Its default has changed since: the records are of the rows that say what it was."""
+    monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (side, side), 1))
+    name, _, scale = folder.partition("-cpu")
+    plan = plan_for("successor", f"cpu{scale}", overrides=overrides, name=name)
+    paths = [*(Path(__file__).parents[1] / "results" / folder).glob("*/*.json")]
+    made = {job_name(path): json.loads(path.read_text())["fingerprint"] for path in paths}
+    jobs = {job_name(job_path(Path(), job)): job.fingerprint for job in all_jobs(plan, seeds=5)}
     assert made
-    assert made <= all_marks(plan_for("successor", "cpu-hard"))
+    assert made.items() <= jobs.items()
+
+
+def job_name(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def all_jobs(plan, seeds=1):
+    first = [run for cell in cells_of(plan) for run in cell.runs[:1]]
+    every = [run.with_seed(seed) for run in first for seed in range(seeds)]
+    return [job for run in every for job in (run, Timing(run), *run.trials)]
 
 
 def all_marks(plan):
     """Fingerprints of every job of a plan."""
-    every = [run for cell in cells_of(plan) for run in cell.runs]
-    return {job.fingerprint for run in every for job in (run, Timing(run), *run.trials)}
+    return {job.fingerprint for job in all_jobs(plan, plan.scale.seeds)}
 
 
 def test_rows_of_another_table_are_those_runs(monkeypatch):

@@ -1,8 +1,9 @@
 """`acformer_v2`: anchors that know their place, see their surroundings and talk to each other; not in the paper.
 
-What `acformer` lacks against convolutions over a grid (docs/reproduce.md): an anchor's token does not say where it is,
-a softmax is a mean, which holds neither area nor number, and two anchors on one object do not learn of each other.
-Eight parts, each an option; without any of them it is `acformer`, weights and tokens:
+What `acformer` lacks against convolutions over a grid (docs/reproduce.md): few anchors crowd on the largest things and
+miss the small ones, patches are read without their neighbours and from anywhere, and an anchor's token does not say
+where it is. So the default has another selector, `spaced`, and four of eight parts, each an option: `block`, `places`,
+`near`, `talk`. Without any of them, and with `selector: anchors`, it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
     block    the stem with hidden layers: R' = R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))), D -> D / 2 -> D
@@ -20,11 +21,12 @@ Eight parts, each an option; without any of them it is `acformer`, weights and t
 A place p is in [0, 1]^2, and the factor T makes a distance of one cell (1 / sqrt(T)) the same at every T; so no weight
 depends on the grid or on T. [CLS] and merged patches have no place: no code, and no distance to anything.
 
-The choice of the anchors is the encoder's alone, as in the paper: nothing here changes it.
+The choice of the anchors is the encoder's alone, as in the paper: nothing here changes what it reads.
 """
 
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -61,7 +63,8 @@ class AcFormerV2Connector(Resampler):
 
     T = `num_anchors` + 1; of them, with `pooled`, at most a quarter are means of cells. Options beside `acformer`'s,
     each a part (the file says what it computes): `stem`, `block`, `pooled`, `places`, `near`, `compete`, `mass`,
-    `talk`. With all of them off it is `acformer`, whose weights it then takes too. One checkpoint serves any T.
+    `talk`. With all of them off and `selector: anchors` it is `acformer`, whose weights it then takes too. One
+    checkpoint serves any T.
 
     Raises:
         UsageError: as `acformer`.
@@ -70,25 +73,26 @@ class AcFormerV2Connector(Resampler):
     source = SelectedQueries
     queries: SelectedQueries
     stack: CrossAttentionStack
+    former_defaults = MappingProxyType({"selector": "anchors", "stem": True, "block": False, "near": False})
 
     def __init__(
         self,
         geometry: Geometry,
         *,
         num_anchors: int = 144,
-        selector: str = "anchors",
+        selector: str = "spaced",
         stochastic_anchors: bool = False,
         depth: int = 6,
         num_heads: int = 8,
         head_dim: int = 64,
         ff_mult: float = 4,
-        stem: bool = True,
+        stem: bool = False,
         pooled: bool = False,
         places: bool = True,
         mass: bool = False,
         talk: bool = True,
-        near: bool = False,
-        block: bool = False,
+        near: bool = True,
+        block: bool = True,
         compete: bool = False,
     ):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acformer.connectors import CONNECTORS
+from acformer.connectors import CONNECTORS, complete_options
 from acformer.data.collate import Collator, ConversationDataset
 from acformer.data.conversation import IGNORE
 from acformer.data.records import Samples
@@ -165,7 +165,7 @@ def _measure(task: Task, run: Run, folder: Path) -> dict[str, Any]:
         "factor": factor,
         "losses_of_factors": losses,
         "seconds": round(time.monotonic() - started, 1),
-        "recipe": asdict(recipe),
+        "recipe": asdict(with_all_options(recipe)),
         **({"heads": asdict(probe)} if probe else {}),
         "device": device_name(parse_device("auto")),
         **machine(),
@@ -182,6 +182,13 @@ def _time(task: Task, timing: Timing, folder: Path) -> dict[str, Any]:
         seconds = step_seconds(parts, recipe, folder)
     median = statistics.median(seconds[WARM_UP_STEPS:])
     return {"step_seconds": round(median, 5), "device": device_name(parse_device("auto")), **machine()}
+
+
+def with_all_options(recipe: Recipe) -> Recipe:
+    """The same, with every option of the connector: a record says what was trained when a default is another one."""
+    model = recipe.model
+    options = complete_options(model.connector, model.connector_kwargs)
+    return replace(recipe, model=replace(model, connector_kwargs=options))
 
 
 def model_figures(recipe: Recipe, scale: Scale, folder: Path) -> dict[str, Any]:

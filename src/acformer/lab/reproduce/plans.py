@@ -229,36 +229,34 @@ def few_connectors() -> tuple[TableRow, ...]:
 
 
 SUCCESSOR = "acformer_v2"
-PARTS = ("places", "talk", "stem", "mass", "pooled")
-"""Options of `acformer_v2` that have a row alone; the others are tried on top of the default instead."""
+ALONE = ("places", "talk", "stem", "mass", "pooled")
+"""Parts of `acformer_v2` that have a row alone, with the anchors of the paper."""
+TAKEN_AWAY = ("block", "near", "places", "talk")
+"""Parts that are on by default, and have a row without them."""
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:
-    """What each part of `acformer_v2` is worth alone, what all of them, what each takes with it; and its rivals."""
+    """`acformer_v2`, its rivals, what it is without each of its parts, and what parts add to `acformer`."""
     rivals = ("acformer", "c_abstractor", "d_abstractor", "ldp_v2", "mlp", "perceiver", "pooling", "token_packer")
-    none = dict.fromkeys(PARTS, False)
-    alone = [TableRow(f"acformer+{part}", SUCCESSOR, {**none, part: True}, "acformer") for part in PARTS]
-    every = TableRow("acformer+all", SUCCESSOR, dict.fromkeys(PARTS, True), "acformer")
-    whole: dict[str, dict[str, Any]] = {
+    bare = {"selector": "anchors", **dict.fromkeys((*ALONE, *TAKEN_AWAY), False)}
+    talks = {**bare, "places": True, "talk": True}
+    rows: dict[str, dict[str, Any]] = {
         SUCCESSOR: {},
-        f"{SUCCESSOR}+near": {"near": True},
-        f"{SUCCESSOR}+block": {"stem": False, "block": True},
-        f"{SUCCESSOR}+block+near": {"stem": False, "block": True, "near": True},
-        f"{SUCCESSOR}+block+near+compete": {"stem": False, "block": True, "near": True, "compete": True},
-        f"{SUCCESSOR}-grid": {"selector": "grid"},
-        f"{SUCCESSOR}-spaced": {"selector": "spaced"},
-        f"{SUCCESSOR}+block+near-spaced": {"stem": False, "block": True, "near": True, "selector": "spaced"},
-        f"{SUCCESSOR}+block+near+compete-spaced": {
-            "stem": False,
-            "block": True,
-            "near": True,
-            "compete": True,
-            "selector": "spaced",
-        },
+        **{f"{SUCCESSOR}-{part}": {part: False} for part in TAKEN_AWAY},
+        f"{SUCCESSOR}-spaced": {"selector": "anchors"},
+        f"{SUCCESSOR}+grid": {"selector": "grid"},
+        f"{SUCCESSOR}+compete": {"compete": True},
+        **{f"acformer+{part}": {**bare, part: True} for part in ALONE},
+        "acformer+all": {**bare, **dict.fromkeys(ALONE, True)},
+        "acformer+block+places+talk": {**talks, "block": True},
+        "acformer+stem+places+talk": {**talks, "stem": True},
+        "acformer+stem+places+talk+near": {**talks, "stem": True, "near": True},
+        "acformer+stem+places+talk+spaced": {**talks, "stem": True, "selector": "spaced"},
+        "acformer+stem+places+talk+grid": {**talks, "stem": True, "selector": "grid"},
     }
-    changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in whole.items()]
-    changed.append(TableRow("acformer-spaced", "acformer", {"selector": "spaced"}, "acformer"))
-    return (*(TableRow(name, name) for name in rivals), *changed, *alone, every)
+    changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in rows.items()]
+    changed.append(TableRow("acformer+spaced", "acformer", {"selector": "spaced"}, "acformer"))
+    return (*(TableRow(name, name) for name in rivals), *changed)
 
 
 TABLES = {
@@ -276,7 +274,7 @@ TABLES = {
     "successor": Table(
         "Does it matter which tokens, and that they know their place and talk to each other?",
         parts_of_the_successor,
-        against=("acformer", "c_abstractor"),
+        against=("acformer", "c_abstractor", SUCCESSOR),
     ),
 }
 # DINOv2-S/14 has 12 blocks: a half, two thirds, and the last two below the feature layer, as of CLIP-L's 24.

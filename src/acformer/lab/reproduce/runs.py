@@ -202,14 +202,19 @@ def as_recorded(recipe: Recipe) -> dict[str, Any]:
             if section[key] == NEW_FIELDS[key]:
                 del section[key]
     model["connector"] = FORMER_NAMES.get(model["connector"], model["connector"])
-    model["connector_kwargs"] = {FORMER_NAMES.get(key, key): value for key, value in model["connector_kwargs"].items()}
+    former, options = CONNECTORS[recipe.model.connector].former_defaults, model["connector_kwargs"]
+    known = connector_options(recipe.model.connector)
+    options = {**{key: known[key] for key in former}, **options}  # a record names what was no default then
+    options = {key: value for key, value in options.items() if key not in former or former[key] != value}
+    model["connector_kwargs"] = {FORMER_NAMES.get(key, key): value for key, value in options.items()}
     return spelled
 
 
 def what_decides(recipe: Recipe) -> dict[str, Any]:
     """What decides a score and is not in the recipe: the connector's defaults, the versions of scenes and probe."""
     name = recipe.model.connector
-    known = {key: str(value) for key, value in connector_options(name).items() if key not in NOT_RECORDED.get(name, ())}
+    defaults = {**connector_options(name), **CONNECTORS[name].former_defaults}
+    known = {key: str(value) for key, value in defaults.items() if key not in NOT_RECORDED.get(name, ())}
     options = {FORMER_NAMES.get(key, key): value for key, value in known.items()}
     return {"defaults": options, "scenes": VERSION, "reader": PROBE_VERSION}
 
