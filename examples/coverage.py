@@ -11,7 +11,9 @@ patches whose middle lies in none. Mean over scenes with the 95 % interval of th
 import argparse
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from acformer.anchors import selectors
@@ -19,6 +21,7 @@ from acformer.anchors.selectors import SELECTORS
 from acformer.fetch.embedded import cache_dir
 from acformer.files import write_text
 from acformer.hf.build import square_image_processor
+from acformer.images import load_image
 from acformer.lab.reproduce.measured import student_t
 from acformer.lab.scenes.dataset import draw_missing, image_path
 from acformer.lab.scenes.difficulty import DIFFICULTIES
@@ -26,6 +29,7 @@ from acformer.lab.scenes.layout import SIDE, Scene, make_scene
 from acformer.vision.encoder import load_vision_encoder
 from acformer.vision.feature_cache import FeatureCache
 from acformer.vision.features import VisionFeatures
+from acformer.viz.overlay import patch_box
 
 
 def encode(images: list[Path], image_size: int) -> VisionFeatures:
@@ -60,6 +64,23 @@ def with_interval(values: list[float]) -> str:
     return f"{float(sample.mean()):.1f} ± {student_t(len(values) - 1) * float(sample.std()) / len(values) ** 0.5:.1f}"
 
 
+def draw(images: list[Path], features: VisionFeatures, names: list[str], num: int, path: Path) -> None:
+    """A row a selector, a column an image, the chosen patches outlined."""
+    figure, axes = plt.subplots(len(names), len(images), figsize=(2.2 * len(images), 2.25 * len(names)), squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        for place, (image, chosen) in enumerate(zip(images, SELECTORS[name](features, num).tolist(), strict=True)):
+            shown = load_image(image)
+            row[place].imshow(shown)
+            for colour, width in (("black", 3.2), ("gold", 1.8)):  # the rim first
+                for left, top, right, bottom in (patch_box(one, features.grid, shown.size, False) for one in chosen):
+                    corner, sides = (left, top), (right - left, bottom - top)
+                    row[place].add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linewidth=width))
+            row[place].set(xticks=[], yticks=[])
+        row[0].set_ylabel(name)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """The table, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,12 +91,19 @@ def main() -> None:
     parser.add_argument("--num", type=int, nargs="+", default=[16, 36, 64], help="patches to choose")
     parser.add_argument("--spacing", type=float, nargs="+", default=[], help="factors of `spaced` alone")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path, help="the first scenes with the first number of patches, drawn")
+    parser.add_argument("--show", nargs="+", default=["anchors", "spaced"], help="selectors in the figure")
+    parser.add_argument("--columns", type=int, default=4, help="scenes in the figure")
     options = parser.parse_args()
     difficulty = DIFFICULTIES[options.difficulty]
     numbers = list(range(min(options.limit, difficulty.num_scenes(options.split))))
     draw_missing(difficulty, options.split, numbers)
     scenes = [make_scene(difficulty, options.split, number) for number in numbers]
-    features = encode([image_path(difficulty, options.split, number) for number in numbers], options.image_size)
+    images = [image_path(difficulty, options.split, number) for number in numbers]
+    features = encode(images, options.image_size)
+    if options.figure:
+        first = features.rows(range(options.columns))
+        draw(images[: options.columns], first, options.show, options.num[0], options.figure)
     title = (
         f"{len(scenes)} scenes of `{difficulty.name}:{options.split}`, {features.grid[0]} x {features.grid[1]} patches"
     )

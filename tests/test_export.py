@@ -279,7 +279,7 @@ def test_onnx_of_a_whole_model_at_another_budget(tmp_path):
 
 @pytest.mark.extras
 @ONNX
-@pytest.mark.parametrize("selector", ["anchors", "cls_topk", "diverse", "grid", "norm"])
+@pytest.mark.parametrize("selector", ["anchors", "cls_topk", "diverse", "grid", "norm", "spaced"])
 def test_onnx_chooses_the_same_patches(selector, tmp_path):
     """Also where many scores are equal: the lower index goes first there, too."""
     pytest.importorskip("onnxruntime")

@@ -183,7 +183,7 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
-SPACING = 0.35  # of sqrt(N / K); of 0.2 to 0.6 what covers most objects of drawn scenes (docs/log.md)
+SPACING = 0.35  # of sqrt(N / K); of 0.2 to 0.6 what covers most of drawn scenes (results/anchors/coverage.md)
 
 
 def spaced_points(scores: Float[Tensor, "B 1 N"], grid: tuple[int, int], num: int) -> Int[Tensor, "B K"]:
@@ -196,16 +196,14 @@ def spaced_points(scores: Float[Tensor, "B 1 N"], grid: tuple[int, int], num: in
     check_num_anchors(num, scores.shape[-1])
     refuse_nan(scores, "cls_attention")
     (h, w), order = grid, torch.arange(scores.shape[-1], device=scores.device)  # (N,)
-    places = torch.stack([order % w, order // w], dim=-1).float()  # (N, 2)
-    twice_variance = 2 * SPACING**2 * h * w / num
-    left = scores.float().squeeze(1).nan_to_num()  # (B, N); NaN would win every comparison
-    taken, chosen = torch.zeros_like(left, dtype=torch.bool), []
+    y, x = (order // w).float(), (order % w).float()
+    apart = (y.unsqueeze(1) - y).square() + (x.unsqueeze(1) - x).square()  # (N, N)
+    damping = -torch.expm1(-apart / (2 * SPACING**2 * h * w / num))  # (N, N), above 0 but for a patch and itself
+    left, chosen = scores.float().squeeze(1).nan_to_num(), []  # (B, N); NaN would win every comparison
     for _ in range(num):
-        best = left.masked_fill(taken, -1.0).argmax(dim=-1, keepdim=True)  # (B, 1)
+        best = left.argmax(dim=-1, keepdim=True)  # (B, 1)
         chosen.append(best)
-        taken = taken | (order == best)
-        apart = (places - places[best]).square().sum(-1)  # (N, 2) - (B, 1, 2) -> (B, N)
-        left = left * -torch.expm1(-apart / twice_variance)
+        left = (left * damping[best.squeeze(-1)]).scatter(-1, best, -torch.inf)  # times what is above 0 it stays so
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
