@@ -256,6 +256,7 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
     }
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in rows.items()]
     changed.append(TableRow("acformer+spaced", "acformer", {"selector": "spaced"}, "acformer"))
+    changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))  # as many weights
     return (*(TableRow(name, name) for name in rivals), *changed)
 
 
