@@ -21,6 +21,7 @@ def test_what_ships():
         "openllama3b-acformer145",
         "scenes-cpu-lm",
         "scenes-cpu-smollm2",
+        "scenes-cpu-smollm2-hard",
         "scenes-gpu",
         "siglip2-qwen3-0.6b",
         "smol",

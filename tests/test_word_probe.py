@@ -90,8 +90,9 @@ def test_alone_it_is_refused(monkeypatch):
         train_probe(recipe)
 
 
-def test_the_scale_teaches_by_words_what_smollm2_reads():
-    scale = plan_for("successor", "cpu-smollm2").scale
+@pytest.mark.parametrize("scale", ["cpu-smollm2", "cpu-smollm2-hard"])
+def test_the_scale_teaches_by_words_what_smollm2_reads(scale):
+    scale = plan_for("successor", scale).scale
     recipe, probe = scale.load_recipe(), table_recipe(scale.probe)
     assert probe.model.text == WORD_PROBE
     assert (recipe.model.text, recipe.model.dtype) == ("embedded:smollm2-135m", "bfloat16")

@@ -24,7 +24,8 @@ WORD_PROBE = "scene-probe-words"
 """One that scores tokens by the language model's embeddings of nouns and words: where it comes before one alone."""
 PROBES = (PROBE, PAIRED_PROBE, MIXING_PROBE, WORD_PROBE)
 OWN_RECIPES = {
-    name: Path(__file__).with_name(f"{name}.yaml") for name in ("scenes-cpu", "scenes-cpu-hard", "scenes-cpu-words")
+    name: Path(__file__).with_name(f"{name}.yaml")
+    for name in ("scenes-cpu", "scenes-cpu-hard", "scenes-cpu-words", "scenes-cpu-words-hard")
 }
 """Recipes with a probe, by name; not of `acformer train`, since there would be no model to save."""
 
@@ -347,6 +348,19 @@ SCALES = {
             "model's embeddings of nouns and words, so that tokens are read as words from the first step on "
             "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
             "more, `token_packer` the feature layer alone.",
+        ),
+        Scale(
+            "cpu-smollm2-hard",
+            recipe="scenes-cpu-smollm2-hard",
+            budgets=(17,),
+            data=("openmoji-scenes-hard:test", "openmoji-scenes-hard:novel"),
+            search=Search("openmoji-scenes-hard:validation", factors=(0.1, 0.3, 1.0), fraction=0.2, limit=128),
+            limit=900,
+            scaling_budget=17,
+            sizes=ON_TWO_CORES,
+            probe="scenes-cpu-words-hard",
+            fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
+            note="As the scale `cpu-smollm2`, on harder scenes (`docs/scenes.md`) at 224 pixels, with 17 of 257 tokens.",
         ),
         Scale(
             "gpu",
