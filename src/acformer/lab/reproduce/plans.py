@@ -360,7 +360,8 @@ SCALES = {
             sizes=ON_TWO_CORES,
             probe="scenes-cpu-words-hard",
             fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
-            note="As the scale `cpu-smollm2`, on harder scenes (`docs/scenes.md`) at 224 pixels, with 17 of 257 tokens.",
+            note="As the scale `cpu-smollm2`, on harder scenes (`docs/scenes.md`) at 224 pixels, with 17 of 257 "
+            "tokens, after a probe of three times the steps.",
         ),
         Scale(
             "gpu",
