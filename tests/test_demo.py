@@ -32,7 +32,7 @@ from acformer.lab.demo.canvas import View, draw
 from acformer.lab.demo.demo_model import DemoModel
 from acformer.lab.demo.encoded_image import ImageEncoder
 from acformer.lab.demo.examples import ANY_MODEL, images, questions, trained_on
-from acformer.lab.demo.page_html import cards, duration, size, table
+from acformer.lab.demo.page_html import about_model, cards, duration, size, table
 from acformer.lab.demo.page_setup import newest_run, set_up_page
 from acformer.lab.demo.pins import Pins, apply_pins
 from acformer.lab.demo.request_filter import RequestFilter, is_waiting
@@ -219,10 +219,16 @@ def test_pins_reach_the_connector():
 
 
 def test_what_a_model_tells_of_its_connector():
-    assert (demo_model().reads_anchors, demo_model().num_others) == (True, 1)
-    assert (demo_model("e_vit").reads_anchors, demo_model("e_vit").num_others) == (True, 2)
-    assert not demo_model("random_pr").reads_anchors
-    assert not demo_model("mlp").reads_anchors
+    assert (demo_model().selector, demo_model().num_others) == ("anchors", 1)
+    assert (demo_model("e_vit").selector, demo_model("e_vit").num_others) == ("anchors", 2)
+    assert demo_model("mlp").selector == ""
+    for connector, told in (
+        ("acformer", "what it reads are the anchors"),
+        ("acformer_v2", "it chooses patches by spaced, which pins reach"),
+        ("random_pr", "pins do not reach it"),
+        ("mlp", "pins do not reach it"),
+    ):
+        assert told in about_model(demo_model(connector))
 
 
 # Sessions.

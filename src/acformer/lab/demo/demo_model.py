@@ -47,7 +47,7 @@ class Answer:
 class DemoModel:
     """A model and its processor on the page.
 
-    name: what the page calls it. reads_anchors: its connector's queries are the anchors, so that pins reach it.
+    name: what the page calls it. selector: of the patches that are its connector's queries, "" where they are none.
     num_others: visual tokens that it has beside the anchors, so T = anchors + num_others.
     """
 
@@ -57,9 +57,9 @@ class DemoModel:
         self.image_encoder = ImageEncoder(model.get_vision_features, processor.image_processor, weight)
         self.connector = model.model.connector
         queries = self.connector.queries if isinstance(self.connector, QueryConnector) else None
-        self.reads_anchors, self.num_others = False, min(1, model.config.geometry.num_prefix_tokens)
+        self.selector, self.num_others = "", min(1, model.config.geometry.num_prefix_tokens)
         if isinstance(queries, SelectedQueries):
-            self.reads_anchors = queries.selector == "anchors"
+            self.selector = queries.selector
             self.num_others = queries.num_cls + queries.num_fused
 
     def budget(self, num_tokens: int) -> int:

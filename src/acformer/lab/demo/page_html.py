@@ -2,6 +2,7 @@
 
 from html import escape
 
+from acformer.anchors.selectors import SELECTORS
 from acformer.lab.demo.demo_model import Answer, DemoModel
 from acformer.lab.demo.page_setup import ENCODER, PageSetup
 from acformer.lab.demo.pins import Pins
@@ -47,18 +48,22 @@ def counted(num_anchors: int, num_patches: int, pins: Pins) -> str:
 
 def about(setup: PageSetup) -> str:
     """The models, and where times are taken."""
-    items = "".join(f"<li>{escape(_about(model))}</li>" for model in setup.controller.models)
+    items = "".join(f"<li>{escape(about_model(model))}</li>" for model in setup.controller.models)
     where = escape(", ".join(f"{key} {value}" for key, value in machine().items()))
     times = f"<p>Times are one measurement each, made here: {where}.</p>" if items else ""
     return f"<ul>{items}</ul>{times}"
 
 
-def _about(model: DemoModel) -> str:
+def about_model(model: DemoModel) -> str:
+    """How many tokens a model reads, and whether of the anchors outlined on the page."""
     connector = model.connector
     elastic = "any other number with the same weights" if connector.elastic else "no other number"
-    reads = (
-        "what it reads are the anchors" if model.reads_anchors else "it does not read anchors, so pins do not reach it"
-    )
+    if model.selector == "anchors":
+        reads = "what it reads are the anchors"
+    elif model.selector and SELECTORS[model.selector].needs_cls_attention:
+        reads = f"it chooses patches by {model.selector}, which pins reach, and not the anchors outlined here"
+    else:
+        reads = "it does not read anchors, so pins do not reach it"
     return f"{model.name}: {connector.num_tokens} visual tokens of its own, {elastic}; {reads}."
 
 
