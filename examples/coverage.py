@@ -1,7 +1,7 @@
 """Which things of a drawn scene have a chosen patch on them: every selector at several numbers of patches.
 
     acformer fetch dinov2-s14 openmoji photographs
-    python examples/coverage.py --out results/anchors/coverage.md
+    python examples/coverage.py
 
 A thing, object or word, is covered if the middle of a chosen patch lies in its rectangle; on the ground are the chosen
 patches whose middle lies in none. Mean over scenes with the 95 % interval of that mean (Student's t). `--spacing` shows

@@ -147,8 +147,9 @@ def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
 def test_by_default_it_has_four_parts_and_spaced_queries(make_features):
     features = make_features(CLIP)
     chosen = dict.fromkeys(("block", "places", "near", "talk"), True)
-    same = new(**{**NONE, **chosen, "selector": "spaced"})
-    assert torch.equal(new()(features), same(features))
+    default, same = shaken(new()), new(**{**NONE, **chosen, "selector": "spaced"})
+    same.load_state_dict(default.state_dict())
+    assert torch.equal(default(features), same(features))
 
 
 def multiply_adds(name, **options):
@@ -311,6 +312,13 @@ def test_a_query_that_gets_nothing_is_zero_and_finite():
     assert output.tolist() == [[[[0], [pytest.approx(1)]]]]
     output.sum().backward()
     assert query.grad.isfinite().all()
+
+
+def test_competing_in_half_precision_does_not_overflow():
+    query = key = torch.full((1, 1, 2, 64), 40.0, dtype=torch.float16)  # the product before its scale is 102,400
+    value = torch.tensor([1.0, 3.0], dtype=torch.float16).view(1, 1, 2, 1).expand(1, 1, 2, 64)
+    assert (competing_attention(query, key, value) == 2).all()
+    assert (competing_attention(query[:, :, :1], key, value) == 2).all(), "one query gets the mean"
 
 
 def test_talk_is_its_formula(make_features):

@@ -11,6 +11,7 @@ from test_lora import logits, same, text  # noqa: F401 (fixtures)
 from test_train import data, recipe, weights  # noqa: F401 (fixtures)
 
 from acformer import cli
+from acformer.connectors import list_connectors
 from acformer.errors import CheckpointError
 from acformer.hf.build import build_model
 from acformer.hf.checkpoints import load_model, verify_folder
@@ -127,6 +128,17 @@ def test_an_option_that_is_younger_than_the_weights_has_its_default(alone, data,
     changed = {**OPTIONS, "selector": "grid"}
     with pytest.raises(CheckpointError, match="selector anchors, and this model has grid"):
         build_model(vision, language_model, connector_kwargs=changed, connector_weights=str(older))
+
+
+@pytest.mark.parametrize("connector", list_connectors())
+def test_a_connector_is_taken_from_a_folder_of_its_own_options(connector, tmp_path):
+    """All of them, with their defaults, as they come back from JSON (lists for tuples)."""
+    model = tiny.model(connector)
+    model.save_pretrained(tmp_path)
+    tiny.processor(model.config.num_placeholders).save_pretrained(tmp_path)
+    other = tiny.model(connector, seed=1)
+    load_connector(other, str(tmp_path))
+    assert same(other.model.connector.state_dict(), model.model.connector.state_dict())
 
 
 def test_a_connector_between_other_widths_is_refused(alone, tmp_path):

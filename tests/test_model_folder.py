@@ -18,6 +18,7 @@ from test_train import data, recipe  # noqa: F401 (fixtures)
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from acformer.cli import main
+from acformer.connectors import CONNECTORS, connector_options, list_connectors
 from acformer.evaluate.card_scores import record_scores
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor, publish
 from acformer.hf.auto_map import AUTO_MAP
@@ -356,3 +357,46 @@ def test_a_card_on_the_hub_stays(folder, hub):
     AcFormerForConditionalGeneration.from_pretrained(folder).push_to_hub("me/model")
     AcFormerProcessor.from_pretrained(folder).push_to_hub("me/model")
     assert (hub / "me/model/README.md").read_text() == "edited there"
+
+
+# Every option of the connector.
+
+
+@pytest.mark.parametrize("connector", [*list_connectors(), *CONNECTORS.aliases])
+def test_a_saved_config_holds_every_option(connector, tmp_path):
+    """So that a model stays what it is when a default changes; and read again it says the same."""
+    config = tiny.config(connector)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["connector_kwargs"]
+    assert saved.keys() == connector_options(connector).keys()
+    assert saved.items() >= tiny.small_options(connector).items()
+    read = AcFormerConfig.from_pretrained(tmp_path)
+    assert read.to_dict() == {**config.to_dict(), "_name_or_path": read.to_dict()["_name_or_path"]}
+    assert read.build_connector().num_tokens == config.build_connector().num_tokens
+
+
+def test_an_option_that_a_saved_config_does_not_name_is_what_it_was(tmp_path):
+    """`acformer_v2` had other defaults at first, and configs held only what was given."""
+    model = tiny.model("acformer_v2", connector_kwargs={**tiny.small_options("acformer_v2"), **FIRST})
+    folder = save(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for name in FIRST:
+        del config["connector_kwargs"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    loaded, _ = load_model(str(folder))
+    assert loaded.model.connector.queries.selector == "anchors"
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+FIRST = {"selector": "anchors", "stem": True, "block": False, "near": False}
+
+
+def test_a_default_that_json_cannot_hold_is_left_to_its_connector(monkeypatch):
+    class Odd(CONNECTORS["mlp"]):
+        def __init__(self, geometry, *, kind: torch.dtype = torch.float32, share: float = 0.5):
+            super().__init__(geometry)
+
+    monkeypatch.setitem(CONNECTORS, "odd", Odd)
+    config = tiny.config("odd", connector_kwargs={})
+    assert json.loads(config.to_json_string())["connector_kwargs"] == {"share": 0.5}

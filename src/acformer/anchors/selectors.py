@@ -183,15 +183,15 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     return torch.cat(chosen, dim=-1).sort(dim=-1).values
 
 
-SPACING = 0.35  # of sqrt(N / K); of 0.2 to 0.6 what covers most of drawn scenes (results/anchors/coverage.md)
+SPACING = 0.35  # of sqrt(N / K): of 0.2 to 0.6 it and 0.4 cover most of drawn scenes (results/anchors/coverage.md)
 
 
-def spaced_points(scores: Float[Tensor, "B 1 N"], grid: tuple[int, int], num: int) -> Int[Tensor, "B K"]:
+def spaced_points(scores: Float[Tensor, "B H N"], grid: tuple[int, int], num: int) -> Int[Tensor, "B K"]:
     """The best patches one by one, each of which takes score from its surroundings (soft non-maximum suppression).
 
-    s_n <- s_n (1 - exp(-|p_n - p_best|^2 / (2 sigma^2))), p in patches, sigma = 0.35 sqrt(N / K): 0.35 of the side of
-    the square that a choice has for itself where K of them divide the image evenly. K steps in a row, each for the
-    whole batch.
+    s is the heads' mean, in float32. s_n <- s_n (1 - exp(-|p_n - p_best|^2 / (2 sigma^2))), p in patches, sigma = 0.35
+    sqrt(N / K): 0.35 of the side of the square that a choice has for itself where K of them divide the image evenly. K
+    steps in a row, each for the whole batch, so torch.compile makes a graph for every K.
     """
     check_num_anchors(num, scores.shape[-1])
     refuse_nan(scores, "cls_attention")
@@ -199,7 +199,7 @@ def spaced_points(scores: Float[Tensor, "B 1 N"], grid: tuple[int, int], num: in
     y, x = (order // w).float(), (order % w).float()
     apart = (y.unsqueeze(1) - y).square() + (x.unsqueeze(1) - x).square()  # (N, N)
     damping = -torch.expm1(-apart / (2 * SPACING**2 * h * w / num))  # (N, N), above 0 but for a patch and itself
-    left, chosen = scores.float().squeeze(1).nan_to_num(), []  # (B, N); NaN would win every comparison
+    left, chosen = scores.float().mean(dim=1).nan_to_num(), []  # (B, N); NaN would win every comparison
     for _ in range(num):
         best = left.argmax(dim=-1, keepdim=True)  # (B, 1)
         chosen.append(best)
@@ -208,13 +208,13 @@ def spaced_points(scores: Float[Tensor, "B 1 N"], grid: tuple[int, int], num: in
 
 
 def spaced(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
-    """`spaced_points` of the [CLS] attention's mean."""
-    return spaced_points(mean_cls_attention(features), features.grid, num)
+    """`spaced_points` of the [CLS] attention."""
+    return spaced_points(cls_attention(features), features.grid, num)
 
 
 def sample_spaced(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
     """The same of scores that were divided by noise, as `by_score` has it."""
-    known = mean_cls_attention(features).float()
+    known = cls_attention(features).float().mean(dim=1, keepdim=True)
     return spaced_points(known / torch.empty_like(known).exponential_(), features.grid, num)
 
 

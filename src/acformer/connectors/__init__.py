@@ -69,9 +69,10 @@ def connector_options(name: str) -> dict[str, Any]:
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a connector: those that are given, former names understood, and the defaults of the others.
 
-    `UsageError` for a name that is not known.
+    As JSON would give them back: a tuple is a list. `UsageError` for a name that is not known.
     """
-    return {**connector_options(name), **_renamed(CONNECTORS[name], options)}
+    found = {**connector_options(name), **_renamed(CONNECTORS[name], options)}
+    return {key: list(value) if isinstance(value, tuple | list) else value for key, value in found.items()}
 
 
 def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:

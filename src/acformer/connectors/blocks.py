@@ -62,7 +62,7 @@ def competing_attention(
 
     w_in = softmax over the queries i of q_i k_n / sqrt(d) + mask_in; output i is the mean of the v_n with weights w_in.
     """
-    logits = query @ key.mT * query.shape[-1] ** -0.5  # (B, H, T, L)
+    logits = (query * query.shape[-1] ** -0.5) @ key.mT  # (B, H, T, L)
     logits = logits.float() if attn_mask is None else logits.float() + attn_mask
     shares = logits.softmax(dim=-2)  # of every feature, 1 over all queries
     weights = shares / (shares.sum(dim=-1, keepdim=True) + SMALLEST_SHARE)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from acformer.connectors import Connector, Geometry, build_connector, complete_options
+from acformer.connectors import CONNECTORS, Connector, Geometry, build_connector, complete_options
 from acformer.errors import UsageError
 from acformer.hf.auto_map import AUTO_MAP
 from acformer.hf.budgets import runs
@@ -29,6 +29,8 @@ FIELD_TYPES = {
     "image_size": int | None,
 }
 """What the fields of a config may be when they are given."""
+PLAIN = (bool, int, float, str, list, dict)
+"""Defaults that JSON can hold; others, of a connector of somebody else's, are left to it."""
 
 
 class AcFormerConfig(Published, PreTrainedConfig):
@@ -79,10 +81,23 @@ class AcFormerConfig(Published, PreTrainedConfig):
         """
         values = super().to_dict()
         with suppress(UsageError):  # an unknown connector is refused where it is built
-            values["connector_kwargs"] = complete_options(self.connector, self.connector_kwargs)
+            options = complete_options(self.connector, self.connector_kwargs)
+            given = self.connector_kwargs.keys()
+            kept = {k: v for k, v in options.items() if k in given or v is None or isinstance(v, PLAIN)}
+            values["connector_kwargs"] = kept
         for part in filter(lambda part: isinstance(part, dict), map(values.get, self.sub_configs)):
             part["_name_or_path"] = public_name(part.get("_name_or_path"))
         return values
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. An option that the dict does not name is what it was by default when such were saved."""
+        with suppress(UsageError):
+            former = CONNECTORS[config_dict.get("connector", cls.connector)].former_defaults
+            options = config_dict.get("connector_kwargs")
+            if former and isinstance(options, Mapping):
+                config_dict = {**config_dict, "connector_kwargs": {**former, **options}}
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def geometry(self) -> Geometry:

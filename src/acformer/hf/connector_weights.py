@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from acformer.connectors import CONNECTORS, complete_options, connector_options
+from acformer.connectors import CONNECTORS, complete_options
 from acformer.errors import CheckpointError
 from acformer.files import write_text
 from acformer.hf.adapters import PREFIX
@@ -152,8 +152,8 @@ def _options(config: AcFormerConfig) -> dict[str, Any]:
 def _compare_options(source: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """`CheckpointError` for the first that differs. An option younger than the source had its first default there."""
     if (name := theirs.get("connector")) == ours["connector"]:
-        first = {**connector_options(name), **CONNECTORS[name].former_defaults}
-        theirs = {**theirs, "connector_kwargs": {**first, **theirs["connector_kwargs"]}}
+        options = {**CONNECTORS[name].former_defaults, **theirs["connector_kwargs"]}
+        theirs = {**theirs, "connector_kwargs": complete_options(name, options)}
     flat = [{**{k: v for k, v in one.items() if isinstance(v, str)}, **_inner(one)} for one in (theirs, ours)]
     for key in sorted(flat[0].keys() | flat[1].keys()):
         then, now = (options.get(key, "its default") for options in flat)

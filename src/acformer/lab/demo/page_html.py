@@ -61,7 +61,7 @@ def about_model(model: DemoModel) -> str:
     if model.selector == "anchors":
         reads = "what it reads are the anchors"
     elif model.selector and SELECTORS[model.selector].needs_cls_attention:
-        reads = f"it chooses patches by {model.selector}, which pins reach, and not the anchors outlined here"
+        reads = f"its patches are chosen by {model.selector}: pins count, but it does not read the anchors outlined"
     else:
         reads = "it does not read anchors, so pins do not reach it"
     return f"{model.name}: {connector.num_tokens} visual tokens of its own, {elastic}; {reads}."

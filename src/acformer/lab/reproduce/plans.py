@@ -244,8 +244,7 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
     rows: dict[str, dict[str, Any]] = {
         SUCCESSOR: {},
         **{f"{SUCCESSOR}-{part}": {part: False} for part in TAKEN_AWAY},
-        f"{SUCCESSOR}-spaced": {"selector": "anchors"},
-        f"{SUCCESSOR}+grid": {"selector": "grid"},
+        **{f"{SUCCESSOR}+{selector}": {"selector": selector} for selector in ("anchors", "grid")},
         f"{SUCCESSOR}+compete": {"compete": True},
         **{f"acformer+{part}": {**bare, part: True} for part in ALONE},
         "acformer+all": {**bare, **dict.fromkeys(ALONE, True)},
