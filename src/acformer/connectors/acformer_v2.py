@@ -1,4 +1,4 @@
-"""`acformer_v2`: anchors that know their place, see their surroundings and talk to each other; not in the paper.
+"""`acformer_v2`: spaced queries that know their place, read what is near and talk to each other; not in the paper.
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): few anchors crowd on the largest things and
 miss the small ones, patches are read without their neighbours and from anywhere, and an anchor's token does not say
@@ -21,7 +21,7 @@ where it is. So the default has another selector, `spaced`, and four of eight pa
 A place p is in [0, 1]^2, and the factor T makes a distance of one cell (1 / sqrt(T)) the same at every T; so no weight
 depends on the grid or on T. [CLS] and merged patches have no place: no code, and no distance to anything.
 
-The choice of the anchors is the encoder's alone, as in the paper: nothing here changes what it reads.
+Which patches are queries hangs on the encoder's own attention and tokens, as in the paper, not on `stem` or `block`.
 """
 
 import math
@@ -59,12 +59,22 @@ class Queries(NamedTuple):
 
 
 class AcFormerV2Connector(Resampler):
-    """`acformer` whose anchors know their place, see their surroundings and talk to each other.
+    """`acformer` whose queries are spaced, know their place, read what is near and talk to each other.
 
-    T = `num_anchors` + 1; of them, with `pooled`, at most a quarter are means of cells. Options beside `acformer`'s,
-    each a part (the file says what it computes): `stem`, `block`, `pooled`, `places`, `near`, `compete`, `mass`,
-    `talk`. With all of them off and `selector: anchors` it is `acformer`, whose weights it then takes too. One
-    checkpoint serves any T.
+    T = `num_anchors` + 1. With all of the parts below off and `selector: anchors` it is `acformer`, whose weights it
+    then takes too. One checkpoint serves any T; compiled, the default selector needs a graph for every T.
+
+    Args:
+        geometry: see `Connector`.
+        num_anchors, selector, stochastic_anchors, depth, num_heads, head_dim, ff_mult: as of `acformer`.
+        stem: a depth-wise 3 x 3 convolution of the patches before they are read.
+        block: the same with hidden layers of half the width; with both, `stem` comes first.
+        pooled: at most a quarter of the tokens are means of g x g cells of the image.
+        places: sine-cosine codes of places in queries, values and outputs.
+        near: a learned locality of every head that reads.
+        compete: the softmax goes over the queries, so that they share out the patches.
+        mass: how many patches are most like a token, and where these lie.
+        talk: self-attention among the tokens, with a learned locality.
 
     Raises:
         UsageError: as `acformer`.
