@@ -19,12 +19,11 @@ from acformer.connectors.acformer_v2 import (
     pooled_side,
     squared_distances,
 )
-from acformer.connectors.blocks import competing_attention
 from acformer.errors import UsageError
 from acformer.training.trace import FlopCounter
 from acformer.vision.features import VisionFeatures
 
-PARTS = ("stem", "pooled", "places", "mass", "talk", "near", "block", "compete")
+PARTS = ("stem", "pooled", "places", "mass", "talk", "near", "block")
 NONE, ALL = {"selector": "anchors", **dict.fromkeys(PARTS, False)}, dict.fromkeys(PARTS, True)
 SIZES = {"depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "num_anchors": 9}
 GEOMETRIES = {
@@ -66,7 +65,7 @@ def test_weights_of_acformer_are_taken_and_a_part_adds_its_own(part, make_featur
     grown = new(**{**NONE, part: True}, seed=1)
     missing, unexpected = grown.load_state_dict(old.state_dict(), strict=False)
     assert unexpected == []
-    assert {name.partition(".")[0] for name in missing} == ({part} - {"pooled", "compete"})
+    assert {name.partition(".")[0] for name in missing} == ({part} - {"pooled"})
     same = torch.equal(grown(features), old(features))
     assert same == (part in ("places", "block")), "these start at zero"
 
@@ -286,39 +285,6 @@ def test_near_is_its_formula(make_features):
     hidden = connector.stack.norm(hidden + layer.feed_forward(hidden))
     # Measured 6e-7 in outputs up to 2.
     torch.testing.assert_close(connector(features, 10), connector.projector(hidden), rtol=0, atol=1e-5)
-
-
-def test_compete_is_its_formula(make_features):
-    """One layer, written out: every patch is given away whole, and a token is the mean of what it has got."""
-    connector, features = shaken(new(**{**NONE, "compete": True, "depth": 1})), make_features(CLIP)
-    queries = connector.placed_queries(features, features, 10).vectors
-    layer = connector.stack.layers[0]
-    read = layer.attention
-    q = read.q_proj(read.norm_queries(queries)).unflatten(-1, (2, 8))
-    k, v = (half.unflatten(-1, (2, 8)) for half in read.kv_proj(read.norm_features(features.tokens)).chunk(2, dim=-1))
-    shares = torch.einsum("bthd,bnhd->bhtn", q, k).div(8**0.5).softmax(dim=2)
-    mixed = torch.einsum("bhtn,bnhd->bthd", shares / shares.sum(-1, keepdim=True), v).flatten(2)
-    hidden = queries + read.o_proj(mixed)
-    hidden = connector.stack.norm(hidden + layer.feed_forward(hidden))
-    # Measured 8e-7 in outputs up to 2.
-    torch.testing.assert_close(connector(features, 10), connector.projector(hidden), rtol=0, atol=1e-5)
-
-
-def test_a_query_that_gets_nothing_is_zero_and_finite():
-    query, key = torch.tensor([[[[-100.0], [100.0]]]]), torch.ones(1, 1, 3, 1)
-    value = torch.ones(1, 1, 3, 1)
-    query.requires_grad_()
-    output = competing_attention(query, key, value)
-    assert output.tolist() == [[[[0], [pytest.approx(1)]]]]
-    output.sum().backward()
-    assert query.grad.isfinite().all()
-
-
-def test_competing_in_half_precision_does_not_overflow():
-    query = key = torch.full((1, 1, 2, 64), 40.0, dtype=torch.float16)  # the product before its scale is 102,400
-    value = torch.tensor([1.0, 3.0], dtype=torch.float16).view(1, 1, 2, 1).expand(1, 1, 2, 64)
-    assert (competing_attention(query, key, value) == 2).all()
-    assert (competing_attention(query[:, :, :1], key, value) == 2).all(), "one query gets the mean"
 
 
 def test_talk_is_its_formula(make_features):

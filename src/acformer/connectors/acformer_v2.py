@@ -2,7 +2,7 @@
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): few anchors crowd on the largest things and
 miss the small ones, patches are read without their neighbours and from anywhere, and an anchor's token does not say
-where it is. So the default has another selector, `spaced`, and four of eight parts, each an option: `block`, `places`,
+where it is. So the default has another selector, `spaced`, and four of seven parts, each an option: `block`, `places`,
 `near`, `talk`. Without any of them, and with `selector: anchors`, it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
@@ -12,8 +12,6 @@ where it is. So the default has another selector, `spaced`, and four of eight pa
              start at zero; keys stay as they are, so what is looked for has no place
     near     heads of the cross-attention, too, may prefer what is near, each by its own learned locality:
              logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
-    compete  the tokens share out the patches: the softmax of the cross-attention goes over the tokens, then each takes
-             the mean of what it has got (`competing_attention`); so no patch is left out, and none is read by all alike
     mass     what lies in a token's own cell: its share of the patches, their mean place and spread, a small MLP of them
     talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
              logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2
@@ -72,7 +70,6 @@ class AcFormerV2Connector(Resampler):
         pooled: at most a quarter of the tokens are means of g x g cells of the image.
         places: sine-cosine codes of places in queries, values and outputs.
         near: a learned locality of every head that reads.
-        compete: the softmax goes over the queries, so that they share out the patches.
         mass: how many patches are most like a token, and where these lie.
         talk: self-attention among the tokens, with a learned locality.
 
@@ -103,12 +100,11 @@ class AcFormerV2Connector(Resampler):
         talk: bool = True,
         near: bool = True,
         block: bool = True,
-        compete: bool = False,
     ):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
         super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)
         width, inner = geometry.vision_hidden_size, num_heads * head_dim
-        self.pooled, self.compete = pooled, compete
+        self.pooled = pooled
         self.stem = Stem(width) if stem else None
         self.block = Block(width) if block else None
         self.places = PlaceCodes(width, inner, depth) if places else None
@@ -129,7 +125,7 @@ class AcFormerV2Connector(Resampler):
         for number, layer in enumerate(self.stack.layers):
             assert isinstance(layer, CrossAttentionLayer)
             added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
-            hidden = hidden + layer.attention(hidden, seen.tokens, nearness[number], added, self.compete)
+            hidden = hidden + layer.attention(hidden, seen.tokens, nearness[number], added)
             if number == last and self.mass is not None:
                 hidden = hidden + self.mass(queries, seen)
             if number == last and self.talk is not None:

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-SMALLEST_SHARE = 1e-6  # of all features, to a query that gets none
-
 
 class CrossAttention(nn.Module):
     """Attn(query = LN(queries), key = value = LN(features)), no biases; inner width num_heads * head_dim (eq. 4)."""
@@ -30,13 +28,11 @@ class CrossAttention(nn.Module):
         features: Float[Tensor, "B L D"],
         mask: Bool[Tensor, "B 1 T L"] | Float[Tensor, "B H T L"] | None = None,
         added_values: Float[Tensor, "L I"] | None = None,
-        compete: bool = False,
     ) -> Float[Tensor, "B T D"]:
         """(B, T, D), (B, L, D) -> (B, T, D); `mask`: which features a query may read, by default all; or
         what is added to the logits of every head.
 
         added_values: to the values of every image (I = H d), by default nothing; the keys do without.
-        compete: see `competing_attention`.
         """
         query = self._split_heads(self.q_proj(self.norm_queries(queries)))
         key, value = self.kv_proj(self.norm_features(features)).chunk(2, dim=-1)  # (B, L, H d) each
@@ -44,29 +40,11 @@ class CrossAttention(nn.Module):
         key, value = self._split_heads(key), self._split_heads(value)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)  # which autocast may have changed
-        attend = competing_attention if compete else F.scaled_dot_product_attention
-        mixed = attend(query, key, value, attn_mask=mask)  # (B, H, T, d)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, H, T, d)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, T, H d) -> (B, T, D)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, H d) -> (B, H, L, d)
-
-
-def competing_attention(
-    query: Float[Tensor, "B H T d"],
-    key: Float[Tensor, "B H L d"],
-    value: Float[Tensor, "B H L d"],
-    attn_mask: Float[Tensor, "B H T L"] | None = None,
-) -> Float[Tensor, "B H T d"]:
-    """Attention in which queries share out the features, as in slot attention (Locatello et al., 2020, Algorithm 1).
-
-    w_in = softmax over the queries i of q_i k_n / sqrt(d) + mask_in; output i is the mean of the v_n with weights w_in.
-    """
-    logits = (query * query.shape[-1] ** -0.5) @ key.mT  # (B, H, T, L)
-    logits = logits.float() if attn_mask is None else logits.float() + attn_mask
-    shares = logits.softmax(dim=-2)  # of every feature, 1 over all queries
-    weights = shares / (shares.sum(dim=-1, keepdim=True) + SMALLEST_SHARE)
-    return weights.to(value.dtype) @ value  # (B, H, T, d)
 
 
 class FeedForward(nn.Sequential):

@@ -245,7 +245,6 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
         SUCCESSOR: {},
         **{f"{SUCCESSOR}-{part}": {part: False} for part in TAKEN_AWAY},
         **{f"{SUCCESSOR}+{selector}": {"selector": selector} for selector in ("anchors", "grid")},
-        f"{SUCCESSOR}+compete": {"compete": True},
         **{f"acformer+{part}": {**bare, part: True} for part in ALONE},
         "acformer+all": {**bare, **dict.fromkeys(ALONE, True)},
         "acformer+block+places+talk": {**talks, "block": True},

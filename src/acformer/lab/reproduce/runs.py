@@ -189,7 +189,7 @@ NEW_FIELDS = {
     "compile_layers": False,
 }
 """Of a stage or the model, which recipes did not have then: with these values the run is the same."""
-NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}, "acformer_v2": {"near", "block", "compete"}}
+NOT_RECORDED = {"random_pr": {"selector", "stochastic_anchors"}, "acformer_v2": {"near", "block"}}
 """Options that it did not have then: it was no alias; these parts were off by default when they came."""
 
 
