@@ -730,6 +730,8 @@ def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
         ("longer-successor-cpu", 12, ("finetune.training.max_steps=4500",)),
         ("successor-cpu-hard", 16, ()),
         ("successor-cpu-smollm2", 12, ()),
+        ("more-scenes-cpu-hard", 16, ("finetune.max_samples=16000",)),
+        ("successor-cpu-smollm2-hard", 16, ()),
     ],
 )
 def test_records_of_the_successor_are_the_plans(monkeypatch, folder, side, overrides):
