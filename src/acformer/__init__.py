@@ -4,6 +4,7 @@ The public names load on first use, so that `import acformer` and the command li
 """
 
 from importlib import import_module
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from acformer.viz import show_anchors
 
 __version__ = "0.1.0"
+
+_LOADING = RLock()  # transformers cannot be imported by two threads at once: names of its own are missing then
 
 _HOMES = {
     "AcFormerConfig": "hf",
@@ -51,7 +54,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'acformer' has no attribute {name!r}")
-    return getattr(import_module(f"acformer.{_HOMES[name]}"), name)
+    with _LOADING:
+        return getattr(import_module(f"acformer.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
