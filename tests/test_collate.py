@@ -212,7 +212,6 @@ def test_under_a_data_loader(processor, pictures):
     assert [batch["sample_ids"] for batch in loader] == [["a", "b"], ["c", "d"], ["e"]]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_a_sample_skipped_in_a_worker_counts_in_the_parent_once(processor, pictures, tmp_path):
     log = SkipLog(tmp_path / "skipped.jsonl", max_bad_fraction=0.5)
     log.offered = 4

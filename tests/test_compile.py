@@ -67,6 +67,7 @@ def test_images_to_tokens_and_back(family, make_tower, pixels):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
+@pytest.mark.slow
 def test_inductor(make_tower, pixels):
     """The default backend, forwards: C++ here, Triton on a GPU. Measured 2e-7."""
     pipeline = Pipeline(make_tower("clip_vision_model", **SMALL))

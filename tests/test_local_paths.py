@@ -93,6 +93,7 @@ def test_an_adapter_whose_run_has_no_other_model(recipe, text):  # noqa: F811
     assert load_model(str(folder))
 
 
+@pytest.mark.slow
 def test_a_whole_model_what_it_scored_and_its_exports(recipe, data, tmp_path):  # noqa: F811
     folder = train(recipe(*SAVE), progress=False)
     ask = ["eval", str(folder), "--data", str(data / "questions.json"), "--limit", "2", "--device", "cpu", "--quiet"]

@@ -248,6 +248,7 @@ def test_trust_remote_code_loads_the_classes_of_the_package(folder, tmp_path):
     assert result.stdout.split() == [f"acformer.hf.{name}" for name in names], result.stderr
 
 
+@pytest.mark.slow
 def test_without_the_package_that_is_what_it_says(folder, tmp_path):
     result = run(ASKED.format(trust=True), tmp_path, "acformer")
     said = "ImportError this model needs the package acformer: pip install acformer"

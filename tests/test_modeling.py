@@ -412,6 +412,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_means_the_same_in_another_process(tmp_path):
     expected = {}
     for connector in tiny.CONNECTORS:

@@ -83,6 +83,7 @@ def test_frozen_weights_are_in_the_dtype_of_the_arithmetic(parts):
     assert stage.weights == 4 * sum(stage.trained.values()) + 2 * sum(stage.frozen.values())
 
 
+@pytest.mark.slow
 def test_checkpointing_is_read_under_both_names(parts):
     texts = Texts(mean=100, longest=200)
     wide = ["finetune.training.per_device_train_batch_size=4"]
@@ -93,6 +94,7 @@ def test_checkpointing_is_read_under_both_names(parts):
         assert stage.flops_a_step == without.flops_a_step  # what is computed again is not the model's
 
 
+@pytest.mark.slow
 def test_whether_it_fits(parts):
     recipe = small(parts)
     (stage,) = plan(recipe, Hardware()).stages
@@ -140,6 +142,7 @@ def test_the_features_of_all_images(parts):
     assert plan(small(parts), Hardware(), Texts(mean=20)).stages[0].features_bytes is None
 
 
+@pytest.mark.slow
 def test_an_elastic_stage_is_planned_at_its_largest(parts):
     (fixed,) = plan(small(parts), Hardware(), Texts(mean=20, longest=20)).stages
     (stage,) = plan(small(parts, "finetune.elastic=[3, 11]"), Hardware(), Texts(mean=20, longest=20)).stages
@@ -240,6 +243,7 @@ def test_sharding_as_the_recipe_says(tmp_path):
 # adapters and few bits
 
 
+@pytest.mark.slow
 def test_adapters_and_the_connector_learn(parts):
     recipe = small(parts, "finetune.lora={r: 4}")
     (stage,) = plan(recipe, Hardware()).stages
@@ -269,6 +273,7 @@ def test_adapters_without_peft(monkeypatch, parts):
 
 
 @pytest.mark.parametrize(("kind", "nbytes"), [("nf4", 0.5625), ("int8", 1.0)])
+@pytest.mark.slow
 def test_few_bits(parts, kind, nbytes):
     overrides = ["finetune.lora={r: 4}", "finetune.training.bf16=true"]
     recipe = small(parts, *overrides)

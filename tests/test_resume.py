@@ -230,6 +230,7 @@ def test_a_recipe_of_the_users_own_is_not_written_over(recipe, tmp_path):  # noq
     assert list(own.parent.iterdir()) == [own]
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_is_a_recipe_to_go_on_with(recipe, tmp_path):  # noqa: F811
     from acformer.training.recipe import load_recipe
 

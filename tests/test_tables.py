@@ -27,6 +27,7 @@ def needs_datasets(function):
     return function
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     importing = builtins.__import__
 
