@@ -44,6 +44,7 @@ def small(parts, *overrides: str):
     return load_recipe("tiny", [*parts, "stage=finetune", "finetune.group=1", *overrides])
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_model(parts):
     recipe = load_recipe("tiny", parts)
     config = model_config(recipe)
@@ -66,6 +67,7 @@ def test_a_head_that_shares_the_embedding_counts_once(parts):
     assert real.lm_head.weight is real.model.language_model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_bytes_of_one_gpu(parts):
     (stage,) = plan(small(parts, "finetune.learning_rates={connector: 1.0e-3}"), Hardware()).stages
     trained, frozen = sum(stage.trained.values()), sum(stage.frozen.values())
@@ -77,6 +79,7 @@ def test_bytes_of_one_gpu(parts):
     assert stage.activations > stage.logits > 0
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_in_the_dtype_of_the_arithmetic(parts):
     rates = "finetune.learning_rates={connector: 1.0e-3}"
     (stage,) = plan(small(parts, rates, "finetune.training.bf16=true"), Hardware()).stages
@@ -121,11 +124,13 @@ def test_steps_tokens_and_hours(parts):
     assert 2 * one.flops_a_step == stage.flops_a_step
 
 
+@pytest.mark.slow
 def test_max_length_cuts_the_text(parts):
     (stage,) = plan(small(parts, "finetune.max_length=30"), Hardware(), Texts(mean=20, longest=400)).stages
     assert stage.longest_row == 30
 
 
+@pytest.mark.slow
 def test_packed_rows_are_full(parts):
     recipe = small(parts, "finetune.max_length=100", "finetune.training.per_device_train_batch_size=2")
     (stage,) = plan(recipe, Hardware(), Texts(mean=20, packing=True)).stages
@@ -134,6 +139,7 @@ def test_packed_rows_are_full(parts):
     assert stage.samples_a_step == 2 * (100 // 25)
 
 
+@pytest.mark.slow
 def test_the_features_of_all_images(parts):
     recipe = small(parts, "cache_features=true", "finetune.max_samples=50", "finetune.group=5")
     (stage,) = plan(recipe, Hardware(), Texts(mean=20)).stages
@@ -182,6 +188,7 @@ def test_a_config_that_is_nowhere(tmp_path, monkeypatch):
         model_config(recipe)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_model(tmp_path, parts):
     tiny.model().save_pretrained(tmp_path / "model")
     recipe = small(parts, f"from_model={tmp_path}/model")
@@ -366,6 +373,7 @@ def test_the_table(parts, capsys):
         assert word in said
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_said(parts, capsys):
     arguments = ["plan", "tiny", *parts, "stage=finetune", "--text", "20", "--longest", "20", "--memory"]
     assert cli.main([*arguments, "1"]) == 0

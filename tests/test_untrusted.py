@@ -297,6 +297,7 @@ def test_code_that_is_not_needed_does_not_stand_in_the_way(model, photo, canary)
     assert AutoProcessor.from_pretrained(model)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_nothing_waits(model, canary):
     """In a process of its own, with `y` on standard input."""
     unknown_tokenizer(model, canary)
