@@ -16,8 +16,7 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from acformer.anchors import selectors
-from acformer.anchors.selectors import SELECTORS
+from acformer.anchors.selectors import SELECTORS, cls_attention, spaced_points
 from acformer.fetch.embedded import cache_dir
 from acformer.files import write_text
 from acformer.hf.build import square_image_processor
@@ -115,10 +114,11 @@ def main() -> None:
     for name, factor in [("spaced", factor) for factor in options.spacing] or [
         (name, None) for name in SELECTORS.names()
     ]:
-        selectors.SPACING = factor or selectors.SPACING
         cells = []
         for num in options.num:
             choice = SELECTORS[name](features, num)
+            if factor:
+                choice = spaced_points(cls_attention(features), features.grid, num, factor)
             pairs = [coverage(scene, row, features.grid) for scene, row in zip(scenes, choice, strict=True)]
             covered, ground = map(list, zip(*pairs, strict=True))
             cells.append(f"{with_interval(covered)} ({sum(ground) / len(ground):.0%})")

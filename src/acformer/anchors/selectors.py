@@ -186,19 +186,21 @@ def farthest_points(features: VisionFeatures, num: int) -> Int[Tensor, "B K"]:
 SPACING = 0.35  # of sqrt(N / K): of 0.2 to 0.6 it and 0.4 cover most of drawn scenes (results/anchors/coverage.md)
 
 
-def spaced_points(scores: Float[Tensor, "B H N"], grid: tuple[int, int], num: int) -> Int[Tensor, "B K"]:
+def spaced_points(
+    scores: Float[Tensor, "B H N"], grid: tuple[int, int], num: int, spacing: float = SPACING
+) -> Int[Tensor, "B K"]:
     """The best patches one by one, each of which takes score from its surroundings (soft non-maximum suppression).
 
-    s is the heads' mean, in float32. s_n <- s_n (1 - exp(-|p_n - p_best|^2 / (2 sigma^2))), p in patches, sigma = 0.35
-    sqrt(N / K): 0.35 of the side of the square that a choice has for itself where K of them divide the image evenly. K
-    steps in a row, each for the whole batch, so torch.compile makes a graph for every K.
+    s is the heads' mean, in float32. s_n <- s_n (1 - exp(-|p_n - p_best|^2 / (2 sigma^2))), p in patches, sigma =
+    spacing sqrt(N / K): that share of the side of the square that a choice has for itself where K of them divide the
+    image evenly. K steps in a row, each for the whole batch, so torch.compile makes a graph for every K.
     """
     check_num_anchors(num, scores.shape[-1])
     refuse_nan(scores, "cls_attention")
     (h, w), order = grid, torch.arange(scores.shape[-1], device=scores.device)  # (N,)
     y, x = (order // w).float(), (order % w).float()
     apart = (y.unsqueeze(1) - y).square() + (x.unsqueeze(1) - x).square()  # (N, N)
-    damping = -torch.expm1(-apart / (2 * SPACING**2 * h * w / num))  # (N, N), above 0 but for a patch and itself
+    damping = -torch.expm1(-apart / (2 * spacing**2 * h * w / num))  # (N, N), above 0 but for a patch and itself
     left, chosen = scores.float().mean(dim=1).nan_to_num(), []  # (B, N); NaN would win every comparison
     for _ in range(num):
         best = left.argmax(dim=-1, keepdim=True)  # (B, 1)
