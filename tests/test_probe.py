@@ -789,6 +789,9 @@ def test_images_as_they_are_drawn(mini, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(FETCHED / name)
     monkeypatch.setenv("ACFORMER_CACHE", str(tmp_path))
     monkeypatch.setattr(dataset, "draw_scene", draw_scene)
-    found = train_probe.train_probe(with_training(mini, max_steps=150)).probed
+    # At 0.003, 74 to 76 of 81 in three seeds; the mini recipe's 0.01 leaves 61 to 73, and the order of sums decides.
+    rates = {"connector": 0.003, "language_model": 0.003}
+    learning = with_stage(with_training(mini, max_steps=150, warmup_steps=20), learning_rates=rates)
+    found = train_probe.train_probe(learning).probed
     replies = probe_replies(found, f"{SMALL.name}:train", 10)
     assert sum(reply.right for reply in replies) > 0.8 * len(replies)
