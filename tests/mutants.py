@@ -38,7 +38,7 @@ RAN = 10
 """Added to what pytest ends with: a process that fails before it ends with 1, too."""
 NOTICED = (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
 """A run that a signal has stopped raises KeyboardInterrupt, which interrupts pytest."""
-QUIETLY = "-x -q -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning"
+QUIETLY = "-x -q -m '' -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def run_tests(mutant: Mutant, log: str) -> None:
     os.chdir(HERE.parent)
     put_in(mutant)
     arguments = [f"tests/{word}" if word.endswith(".py") else word for word in shlex.split(mutant.tests)]
-    code = int(pytest.main([*QUIETLY.split(), *arguments]))
+    code = int(pytest.main([*shlex.split(QUIETLY), *arguments]))
     sys.stdout.flush()
     os._exit(RAN + code)
 

@@ -106,6 +106,7 @@ def test_bf16_with_all_parts(make_features):
     torch.testing.assert_close(output.float(), exact(make_features(CLIP)), rtol=0, atol=0.03)
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_with_all_parts(make_features):
     connector, features = shaken(new(**ALL)), make_features(CLIP, batch=3)
     torch.compiler.reset()

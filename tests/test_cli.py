@@ -252,6 +252,7 @@ def test_what_the_machine_lacks_is_one_line(capsys, monkeypatch, error, code, me
     assert message in refused(capsys, code, "connectors")
 
 
+@pytest.mark.slow
 def test_a_bar_that_writes_to_a_file_is_not_written_at_every_step(capsys, monkeypatch):
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         monkeypatch.delenv(name, raising=False)

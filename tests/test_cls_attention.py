@@ -243,7 +243,7 @@ def test_a_pass_inside_of_a_pass(make_tower, pixels):
     assert same(encode(outer, pixels), expected)
 
 
-@pytest.mark.parametrize("family", TRACED)
+@pytest.mark.parametrize("family", tiny.mostly_slow(TRACED, "clip_vision_model"))
 def test_compiles_into_one_graph(family, make_tower, pixels):
     encoder = load_vision_encoder(make_tower(family), hidden_layers=[0, 2])
     expected = encode(encoder, pixels)
@@ -266,7 +266,7 @@ def test_a_compiled_block_hands_over_its_tokens(make_tower, pixels):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("family", TRACED)
+@pytest.mark.parametrize("family", tiny.mostly_slow(TRACED, "clip_vision_model"))
 def test_exports(family, make_tower, pixels):
     """With a batch of any size."""
     encoder = load_vision_encoder(make_tower(family), hidden_layers=[0, 2])

@@ -1,6 +1,7 @@
 """The contract of data sets with a name: each entry of `DATASETS`, those of installed packages too."""
 
 import pytest
+import tiny
 
 from acformer.data.datasets import DATASETS, Dataset, load_samples
 from acformer.data.samples import Sample
@@ -47,7 +48,7 @@ def test_an_unknown_part_is_named(name):
         DATASETS[name].samples("no-such-part", limit=1, skipped=SkipLog())
 
 
-@names
+@pytest.mark.parametrize("name", tiny.mostly_slow(DATASETS.names(), "openmoji-scenes-small"))
 def test_what_is_known_is_not_what_is_asked(name):
     dataset = DATASETS[name]
     asked = {sample.id for sample in first(dataset, dataset.test_part, 50)}

@@ -158,6 +158,7 @@ def test_one_checkpoint_serves_any_budget(recipe, data, monkeypatch):  # noqa: F
     assert all(0 < entry["loss"] < 100 for entry in log if "loss" in entry)
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_the_same_draws(recipe, tmp_path):  # noqa: F811
     save = [
         "stage=finetune",

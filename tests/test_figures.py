@@ -181,7 +181,10 @@ def assert_nothing_collides(figure):
 LONG = "a name of a photograph that is much longer than its panel is wide, as cameras and people give them.jpeg"
 
 
-@pytest.mark.parametrize(("num_heads", "size"), [(3, (30, 60)), (6, (64, 48)), (12, (300, 20)), (16, (64, 48))])
+@pytest.mark.parametrize(
+    ("num_heads", "size"),
+    tiny.mostly_slow([(3, (30, 60)), (6, (64, 48)), (12, (300, 20)), (16, (64, 48))], (12, (300, 20))),
+)
 def test_figures_have_room_for_any_encoder_and_image(num_heads, size):
     layers = made(num_heads, size, LONG, num_blocks=24 if num_heads == 16 else 12)
     assert_nothing_collides(draw_layers(layers))
@@ -209,6 +212,7 @@ def test_panels_show_what_they_say():
     assert not any(len(line.get_xdata()) for axes in figure.axes[-6:] for line in axes.lines)
 
 
+@pytest.mark.slow
 def test_files_are_the_same_every_time_and_small(tmp_path):
     layers = made(6, (400, 300))
     files = [save(draw_layers(layers), tmp_path / name) for name in ("first", "second")]

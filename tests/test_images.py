@@ -457,6 +457,7 @@ def costs(folder, files):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="memory is measured through /proc")
+@pytest.mark.slow
 def test_no_file_costs_more_than_its_pixels_and_bytes_justify(tmp_path):
     files = [make() for make, _ in COSTLY.values()]
     for (name, (_, reason)), data, (seconds, size, said) in zip(

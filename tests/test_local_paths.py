@@ -72,6 +72,7 @@ def test_a_connector_alone_of_local_parts(recipe, text, tmp_path):  # noqa: F811
     assert load_model(str(tmp_path / "sent/model")), "that sentence says what to do"
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_local_model(recipe, text, tmp_path):  # noqa: F811
     """Of another run's model, which is a connector alone in turn; its checkpoints, too."""
     base = train(recipe("stage=pretrain", *ALONE, text, f"output_dir={tmp_path}/first"), progress=False)

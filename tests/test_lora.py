@@ -218,6 +218,7 @@ def test_packages_that_are_missing_are_told_before_anything_trains(recipe, tmp_p
     assert not list((tmp_path / "run").glob("*"))
 
 
+@pytest.mark.slow
 def test_adapters_on_an_adapter_are_refused(recipe, tmp_path):  # noqa: F811
     folder = train(recipe(*ONE, *LORA), progress=False)
     again = [*ONE, *LORA, f"from_model={folder}", f"output_dir={tmp_path}/second"]
@@ -247,6 +248,7 @@ def test_the_shipped_recipe_is_taken():
     assert (shipped.finetune.lora.r, shipped.pretrain.save) == (16, "connector")
 
 
+@pytest.mark.slow
 def test_a_plan_that_starts_from_an_adapter(recipe):  # noqa: F811
     from acformer.training.plan import Hardware, plan
 

@@ -312,7 +312,10 @@ PAIRS += [("siglip2_vision_model", connector) for connector in tiny.CONNECTORS]
 PAIRS += [(vision, "token_packer") for vision in tiny.ENCODERS]
 
 
-@pytest.mark.parametrize(("vision", "connector"), sorted({*PAIRS}))
+QUICK = [("dinov2_with_registers", "acformer"), ("siglip2_vision_model", "c_abstractor"), ("vit", "token_packer")]
+
+
+@pytest.mark.parametrize(("vision", "connector"), tiny.mostly_slow(sorted({*PAIRS}), *QUICK))
 def test_every_encoder_and_every_connector(vision, connector, tmp_path):
     model = tiny.model(connector, vision=vision)
     config, tokens = model.config, model.config.num_placeholders

@@ -106,7 +106,7 @@ def loss_and_gradient(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("longest", [400, 10_000])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", APART)
+@pytest.mark.parametrize("family", tiny.mostly_slow(APART, "llama", "gemma2", "gpt2"))
 def test_the_loss_is_that_of_rows_of_their_own(batches, family, attention, longest):
     if family in EAGER_ALONE and attention != "eager":
         pytest.skip("its softcap has no such kernel")

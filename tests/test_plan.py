@@ -380,6 +380,7 @@ def test_what_would_fit_is_said(parts, capsys):
     assert "no; take fewer rows with more passes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_json(parts, capsys):
     assert cli.main(["plan", "tiny", *parts, "stage=finetune", "--text", "20", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -800,11 +800,12 @@ def test_only_budgets_of_the_scale(plan, tmp_path):
         reproduce(plan, tmp_path, budgets=[5, 6])
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
+@pytest.mark.parametrize("scale", tiny.mostly_slow(SCALES, "cpu", "cpu-hard"))
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_can_be_built_at_every_budget(table, scale):
     """DINOv2-S/14 at 168 and at 336 pixels, as the scales' recipes have it."""
     model = ModelSpec("vision", "text", connector_kwargs={"num_anchors": 16, "depth": 2})
+    scale = SCALES[scale]
     side = 24 if scale.name == "gpu" else 12
     geometry = Geometry(384, 64, (side, side), 1)
     for budget in scale.budgets:

@@ -96,6 +96,7 @@ def test_another_number_of_processes_is_noticed(stopped, recipe):  # noqa: F811
         train(recipe(*again), progress=False)
 
 
+@pytest.mark.slow
 def test_a_new_tokenizer_is_not_learnt_again(recipe, own_data, data, tmp_path):  # noqa: F811
     """It has learnt from the data of both stages; that of the other one changes while the first is stopped."""
     two = [f"finetune.data={own_data}", f"finetune.image_root={data}"]
@@ -111,6 +112,7 @@ def test_a_new_tokenizer_is_not_learnt_again(recipe, own_data, data, tmp_path): 
     assert load_model(str(again))[1].tokenizer.get_vocab() == tokenizer.tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_is_gone_on_from(stopped, recipe, tmp_path):  # noqa: F811
     again, checkpoint = stopped()
     whole = weights(train(recipe(*again, f"output_dir={tmp_path}/whole"), progress=False))
@@ -244,6 +246,7 @@ def test_the_record_of_a_run_is_a_recipe_to_go_on_with(recipe, tmp_path):  # noq
 # Room
 
 
+@pytest.mark.slow
 def test_room_is_looked_for_before_anything_is_written(recipe, tmp_path, monkeypatch):  # noqa: F811
     import shutil
     from collections import namedtuple

@@ -87,6 +87,7 @@ def test_a_checkpoint_is_saved_though_the_strategy_is_no(recipe, tmp_path, at_st
     check_stop_and_resume(recipe, tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_between_the_batches_of_a_step_the_last_whole_step_is_saved(recipe, tmp_path, at_step):  # noqa: F811
     at_step(5, terminate)  # the first batch of the third step
     accumulate = ["gradient_accumulation_steps=2", "per_device_train_batch_size=2"]

@@ -65,8 +65,8 @@ def traced(config, batch: Batch, precision: Precision, rates: dict, **kwargs):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", [FULL, MIXED], ids=["full", "mixed"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", tiny.mostly_slow([FULL, MIXED], MIXED), ids=["full", "mixed"])
+@pytest.mark.parametrize("stage", tiny.mostly_slow(STAGES, "finetune"))
 def test_bytes_and_flop_of_a_step(stage, precision, checkpointing):
     config = tiny.config()
     batch, rates = batch_of(config), STAGES[stage]
@@ -100,7 +100,7 @@ def test_torchs_own_counter_says_the_same(stage):
     assert traced(config, batch, FULL, rates).flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("connector", tiny.CONNECTORS)
+@pytest.mark.parametrize("connector", tiny.mostly_slow(tiny.CONNECTORS, "acformer_v2", "c_abstractor", "token_packer"))
 def test_every_connector(connector):
     config = tiny.config(connector)
     batch = batch_of(config, rows=2)
@@ -110,7 +110,15 @@ def test_every_connector(connector):
     assert step.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05)
 
 
-@pytest.mark.parametrize("vision", [name for name in tiny.ENCODERS if name != "ijepa"])  # it has no [CLS] attention
+@pytest.mark.parametrize(
+    "vision",
+    tiny.mostly_slow(
+        [name for name in tiny.ENCODERS if name != "ijepa"],  # it has no [CLS] attention
+        "clip_vision_model",
+        "siglip2_vision_model",
+        "dinov3_vit",
+    ),
+)
 def test_every_encoder(vision):
     config = tiny.config(vision=vision)
     batch = batch_of(config, rows=2)

@@ -488,6 +488,7 @@ def test_a_first_try_that_failed_claims_nothing(recipe, tmp_path):
     assert not (tmp_path / "run/recipe.yaml").exists()
 
 
+@pytest.mark.slow
 def test_stage_one_anew_takes_stage_two_with_it(recipe, tmp_path):
     train(recipe(), progress=False)
     train(recipe("seed=7", "stage=pretrain", "resume=false"), progress=False)

@@ -139,6 +139,7 @@ def test_connector_and_adapter_alone_give_the_same_model(run, tmp_path, cache):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_what_is_in_bf16_already_loses_nothing(recipe, tmp_path, cache):  # noqa: F811
     source = train(recipe(*PARTS, *LORA, "model.dtype=bfloat16"), progress=False)
     out = export_parts(str(source), tmp_path / "small")
@@ -346,6 +347,7 @@ def script(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_packing_a_run(script, run, data, tmp_path, cache):  # noqa: F811
     out = tmp_path / "weights" / NAME
     scores = script.pack(str(run), out, data=str(data / "questions.json"), notes="Three seeds: 1, 2, 3.")

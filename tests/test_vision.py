@@ -175,6 +175,9 @@ def test_naflex_as_in_a_padded_batch(make_tower):
     torch.testing.assert_close(encode(load_vision_encoder(tower), pixels).tokens[0], expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "family", tiny.mostly_slow(tiny.ENCODERS, "clip_vision_model", "siglip2_vision_model", "radio")
+)
 def test_threads_get_the_features_of_their_own_images(family, make_tower):
     """What a pass leaves behind travels with the pass: with it on the module, some of these calls got another's."""
     encoder = load_vision_encoder(make_tower(family), hidden_layers=[1])
@@ -216,6 +219,7 @@ def in_threads(function, numbers) -> list[int]:
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.slow
 def test_the_library_is_imported_in_many_threads_at_once():
     code = (
         "import sys, threading\nfrom concurrent.futures import ThreadPoolExecutor\nimport acformer\n"

@@ -247,6 +247,7 @@ def test_a_range_of_tokens_is_drawn_from_by_the_seed(recipe, batches):  # noqa: 
     assert [batch["num_visual_tokens"] for batch in batches] == [budget.sample(step) for step in range(6)]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_while_training_goes_on_after_a_resume(recipe, tmp_path):  # noqa: F811
     drawn = ["model.connector_kwargs.stochastic_anchors=true", "finetune.training.save_strategy=steps"]
     drawn += ["finetune.training.save_steps=1", "finetune.training.max_steps=4"]
@@ -259,6 +260,7 @@ def test_what_is_drawn_while_training_goes_on_after_a_resume(recipe, tmp_path): 
     )
 
 
+@pytest.mark.slow
 def test_weights_of_a_checkpoint_without_a_tokenizer_are_gone_on_from(recipe, tmp_path):  # noqa: F811
     saved = [*ONE, "finetune.training.save_strategy=steps", "finetune.training.save_steps=1"]
     folder = train(recipe(*saved), progress=False)
@@ -361,7 +363,7 @@ def test_the_order_of_a_stream_is_that_of_the_seed(recipe, tmp_path, monkeypatch
     assert seen == {"num_rows": 12, "seed": 7}
 
 
-@pytest.mark.parametrize("connector", ["token_packer", "downsample"])
+@pytest.mark.parametrize("connector", tiny.mostly_slow(["token_packer", "downsample"], "token_packer"))
 def test_cached_features_are_what_the_connector_reads(recipe, tmp_path, connector):  # noqa: F811
     own = {"token_packer": "{hidden_layers: [1], scale: 2, num_heads: 2}", "downsample": "{num_tokens: 4}"}[connector]
     chosen = [f"model.connector={connector}", f"model.connector_kwargs={own}"]

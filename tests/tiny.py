@@ -6,9 +6,10 @@ models are built anew for every caller, since tests write to them.
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -54,6 +55,16 @@ CONNECTORS: dict[str, dict[str, Any]] = {name: small_options(name) for name in l
 ENCODERS = [n for n in families.ENCODERS if n in CONFIG_MAPPING and CONFIG_MAPPING[n] in AutoModel._model_mapping]
 WITH_ROW = [name for name in ENCODERS if families.ENCODERS[name].prefix or families.ENCODERS[name].probe]
 OF_ANY_SIZE = [name for name in ENCODERS if families.ENCODERS[name].inputs is not families.own_size]
+
+
+def mostly_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """The cases of a test whose every case takes long: all marked `slow` but those that the default run keeps."""
+    cases = list(cases)
+    assert all(case in cases for case in quick), f"not all of {quick} are among {cases}"
+    return [
+        case if case in quick else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 @functools.cache
