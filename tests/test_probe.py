@@ -722,25 +722,25 @@ def test_the_step_is_the_language_models(after):
         (
             {},
             ("model.text=scene-reader",),
-            "model.text must be scene-reader in probe=scenes-cpu and in no",
+            r"model.text must be a probe \(scene-reader, .*scene-probe-words\) in probe=scenes-cpu-words and in no",
         ),
-        ({"probe": "scenes-gpu"}, (), "model.text must be scene-reader in probe=scenes-gpu"),
+        ({"probe": "scenes-gpu"}, (), r"model.text must be a probe \(.*\) in probe=scenes-gpu"),
         ({"search": Search(f"{FULL.name}:validation")}, (), f"trains the probe on {SMALL.name}, but .* {FULL.name}"),
-        ({}, ("model.text.hiden_size=64",), r"unknown recipe key 'model.text.hiden_size'; did you mean"),
+        ({}, ("model.image_sise=64",), r"unknown recipe key 'model.image_sise'; did you mean"),
         ({}, ("finetune.training.max_step=64",), r"max_step"),
     ],
 )
 def test_what_cannot_work_after_a_probe_is_told_first(changes, overrides, message, tmp_path, monkeypatch):
     monkeypatch.setattr("acformer.lab.reproduce.run_plan.fetch", lambda *_, **__: pytest.fail("told too late"))
-    plan = plan_for("table3", "cpu-lm")
+    plan = plan_for("table3", "cpu-smollm2")
     scale = replace(plan.scale, overrides=overrides, **changes)
     with pytest.raises(UsageError, match=message):
         reproduce(replace(plan, name="mine", scale=scale), tmp_path)
 
 
 def test_a_table_says_what_the_probe_did():
-    text = table_text(plan_for("table3", "cpu-lm"), [])
-    assert "before it, every row's connector was trained with the probe of `scenes-cpu`" in text
+    text = table_text(plan_for("table3", "cpu-smollm2"), [])
+    assert "before it, every row's connector was trained with the probe of `scenes-cpu-words`" in text
     assert "after the probe it is the same for all rows" in text
     assert "trained with the probe" not in table_text(plan_for("table3", "cpu"), [])
 

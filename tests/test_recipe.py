@@ -19,7 +19,6 @@ def test_what_ships():
         "llava15-7b-acformer145-lora",
         "llava15-7b-mlp577",
         "openllama3b-acformer145",
-        "scenes-cpu-lm",
         "scenes-cpu-smollm2",
         "scenes-cpu-smollm2-hard",
         "scenes-gpu",

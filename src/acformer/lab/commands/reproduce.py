@@ -18,7 +18,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         "--scale",
         default="cpu",
         help="cpu (a probe is given the tokens), cpu-hard (the same on harder scenes), cpu-smollm2, cpu-smollm2-hard "
-        "(SmolLM2-135M reads them), cpu-lm (a tiny language model from nothing) or gpu (default cpu)",
+        "(SmolLM2-135M reads them) or gpu (default cpu)",
     )
     sub.add_argument("--seeds", type=positive, help="runs a row (default: the plan's)")
     sub.add_argument("--connectors", nargs="+", metavar="NAME", help="train only these connectors' rows")

@@ -103,7 +103,8 @@ class Scale:
         probe = table_recipe(self.probe) if self.probe else recipe
         if self.probe and (probe.model.text not in PROBES or recipe.model.text in PROBES):
             raise UsageError(
-                f"scale {self.name!r}: model.text must be {PROBE} in probe={self.probe} and in no other recipe"
+                f"scale {self.name!r}: model.text must be a probe ({', '.join(PROBES)}) in probe={self.probe} "
+                "and in no other recipe"
             )
         if probe.model.text in PROBES and probe.finetune:
             self._refuse_other_scenes(data_title(probe.finetune.data))
@@ -285,6 +286,22 @@ ON_TWO_CORES: dict[str, dict[str, Any]] = {
     "q_former": {"depth": 2, "hidden_size": 256, "num_heads": 4, "ff_mult": 2},
     "token_packer": {"hidden_layers": [], "num_heads": 4},  # the feature layer alone, encoded already
 }
+SMOLLM2 = Scale(
+    "cpu-smollm2",
+    recipe="scenes-cpu-smollm2",
+    budgets=(37,),
+    data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
+    search=Search("openmoji-scenes-small:validation", factors=(0.1, 0.3, 1.0), fraction=0.2, limit=128),
+    limit=900,
+    scaling_budget=37,
+    sizes=ON_TWO_CORES,
+    probe="scenes-cpu-words",
+    fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
+    note="SmolLM2-135M-Instruct answers. A small probe trained every row's connector first, by the language "
+    "model's embeddings of nouns and words, so that tokens are read as words from the first step on "
+    "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
+    "more, `token_packer` the feature layer alone.",
+)
 SCALES = {
     scale.name: scale
     for scale in (
@@ -316,48 +333,16 @@ SCALES = {
             note="As the scale `cpu`, on harder scenes (`docs/scenes.md`), at 224 pixels, and with a probe that starts "
             "from the same weights in every row of a seed, so that rows can be compared seed by seed.",
         ),
-        Scale(
-            "cpu-lm",
-            recipe="scenes-cpu-lm",
-            budgets=(37,),
-            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
-            search=Search("openmoji-scenes-small:validation", fraction=0.2),
-            scaling_budget=37,
-            sizes=ON_TWO_CORES,
-            probe="scenes-cpu",
-            fetch=("dinov2-s14", "openmoji", "photographs"),
-            note="A language model of 1 M parameters answers. A small probe trained every row's connector first, since "
-            "the language model alone does not find out in what two cores allow that image tokens tell it anything "
-            "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
-            "more, `token_packer` the feature layer alone.",
-        ),
-        Scale(
-            "cpu-smollm2",
-            recipe="scenes-cpu-smollm2",
-            budgets=(37,),
-            data=("openmoji-scenes-small:test", "openmoji-scenes-small:novel"),
-            search=Search("openmoji-scenes-small:validation", factors=(0.1, 0.3, 1.0), fraction=0.2, limit=128),
-            limit=900,
-            scaling_budget=37,
-            sizes=ON_TWO_CORES,
-            probe="scenes-cpu-words",
-            fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
-            note="SmolLM2-135M-Instruct answers. A small probe trained every row's connector first, by the language "
-            "model's embeddings of nouns and words, so that tokens are read as words from the first step on "
-            "(`docs/reproduce.md`). Stacks, abstractors and the Q-Former have one or two layers in place of six or "
-            "more, `token_packer` the feature layer alone.",
-        ),
-        Scale(
-            "cpu-smollm2-hard",
+        SMOLLM2,
+        replace(
+            SMOLLM2,
+            name="cpu-smollm2-hard",
             recipe="scenes-cpu-smollm2-hard",
             budgets=(17,),
             data=("openmoji-scenes-hard:test", "openmoji-scenes-hard:novel"),
-            search=Search("openmoji-scenes-hard:validation", factors=(0.1, 0.3, 1.0), fraction=0.2, limit=128),
-            limit=900,
+            search=replace(SMOLLM2.search, data="openmoji-scenes-hard:validation"),
             scaling_budget=17,
-            sizes=ON_TWO_CORES,
             probe="scenes-cpu-words-hard",
-            fetch=("dinov2-s14", "smollm2-135m", "openmoji", "photographs"),
             note="As the scale `cpu-smollm2`, on harder scenes (`docs/scenes.md`) at 224 pixels, with 17 of 257 "
             "tokens, after a probe of three times the steps.",
         ),
