@@ -58,7 +58,7 @@ class Measure:
 class Benchmark(ABC):
     """One of the benchmarks. Scores are in the unit of the paper: per cent, MME in points."""
 
-    name: ClassVar[str]
+    name: str
     column: ClassVar[str]
     """Its name in the paper's tables."""
     metric: ClassVar[str]

@@ -61,24 +61,23 @@ class Answered:
         return sum_by_group(measure.counts, groups, list(dict.fromkeys(groups)))
 
 
-def read_answered(name: str, answers: Path, truth: Path | None = None, protocol: str = LLAVA) -> Answered:
+def read_answered(name: str | Benchmark, answers: Path, truth: Path | None = None, protocol: str = LLAVA) -> Answered:
     """A file of answers and the questions that they are to.
 
     Args:
         truth: a folder of the benchmark's published files, a data set of the hub (see `hub.open_folder`), or the file
-            with the answers; by default the answers' own
-            table if it holds them, else the folder in which it lies.
+            with the answers; by default the answers' own table if it holds them, else the folder in which it lies.
 
     Raises:
         DataError: a file that is not what it should be; answers that are missing, double or to no question.
         UsageError: an unknown benchmark or protocol.
     """
-    benchmark = BENCHMARKS[name]
+    benchmark = BENCHMARKS[name] if isinstance(name, str) else name
     holds_truth = answers.is_dir() or answers.suffix in (".xlsx", ".zip")
     folder = open_folder(truth or (answers if holds_truth else answers.parent))
     all_questions, given = benchmark.questions(folder), benchmark.read_answers(answers)
     if not all_questions:
-        raise DataError(f"{folder.root} holds no questions of {name}")
+        raise DataError(f"{folder.root} holds no questions of {benchmark.name}")
     questions = benchmark.answered(all_questions, given)
     return Answered(benchmark, folder, questions, [given[i] for i in match(questions, given, answers)], protocol)
 

@@ -1,4 +1,4 @@
-"""`acformer score`: what a file of answers to a benchmark is worth."""
+"""`acformer score`: what a file of answers to a benchmark, or to a data set, is worth."""
 
 import argparse
 import gc
@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = "pope, mme, mmbench, mm_vet, textvqa, gqa, vqav2, vizwiz, scienceqa, okvqa, or an installed package's"
+NAMES = (
+    "pope, mme, mmbench, mm_vet, textvqa, gqa, vqav2, vizwiz, scienceqa, okvqa, an installed package's, or what --data "
+    "of `acformer eval` takes: a data set's name or a file of conversations"
+)
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """Its arguments."""
-    sub = commands.add_parser("score", parents=[common], help="score a file of answers to a published benchmark")
+    sub = commands.add_parser("score", parents=[common], help="score a file of answers to a benchmark or a data set")
     sub.add_argument("benchmark", help=NAMES)
     sub.add_argument(
         "--answers",
@@ -23,7 +26,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--truth",
         type=Path,
-        help="folder of the benchmark's published files, the one file, or a hub data set (default: the answers')",
+        help="folder of the benchmark's published files, the one file, or a hub data set (default: the answers'); of a "
+        "file of conversations the folder of its images",
     )
     sub.add_argument("--protocol", default="llava", help="llava (default, as the paper), lmms-eval or official")
     sub.add_argument("--against", type=Path, help="another file of answers: the paired difference of the two")
@@ -46,7 +50,8 @@ def _score(arguments: argparse.Namespace) -> str:
     from acformer.benchmarks import score
     from acformer.benchmarks.score_text import score_text
 
-    answered = score.read_answered(arguments.benchmark, arguments.answers, arguments.truth, arguments.protocol)
+    benchmark = _benchmark(arguments)
+    answered = score.read_answered(benchmark, arguments.answers, arguments.truth, arguments.protocol)
     if arguments.submission:
         rows = score.write_submission(arguments.submission, answered)
         sys.stderr.write(f"{arguments.submission}: {rows:,} rows\n")
@@ -60,3 +65,19 @@ def _score(arguments: argparse.Namespace) -> str:
     if arguments.per_question:
         score.write_questions(arguments.per_question, answered, other)
     return json.dumps(result, indent=1, ensure_ascii=False) if arguments.json else score_text(result)
+
+
+def _benchmark(arguments: argparse.Namespace) -> Any:
+    """A benchmark's name, or a data set or file of conversations as a benchmark."""
+    from acformer.benchmarks import BENCHMARKS
+
+    name = arguments.benchmark
+    if name in BENCHMARKS.names():
+        return name
+    from acformer.data.datasets import named_dataset
+
+    if not (Path(name).expanduser().is_file() or named_dataset(name)):
+        return name
+    from acformer.benchmarks.data_set import DataSetBenchmark
+
+    return DataSetBenchmark(name, arguments.truth)

@@ -59,6 +59,11 @@ class Measure:
     score: Callable[[Sums], np.ndarray]
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def by_image(self, replies: Sequence[Reply]) -> "Measure":
+        """A row for each image in place of one for each reply."""
+        images = [reply.image for reply in replies]
+        return replace(self, rows=sum_by_group(self.rows, images, list(dict.fromkeys(images))))
+
 
 def accuracy(replies: Sequence[Reply]) -> Measure:
     """Exact match (GQA)."""
@@ -144,7 +149,7 @@ def family_scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict[str,
     families = [family for family in MEASURES if asked[family]]
     if not families:
         return {}
-    model, guess = ([_by_image(family, said) for family in families] for said in (replies, blind))
+    model, guess = ([_of_family(family, said).by_image(said) for family in families] for said in (replies, blind))
     scores = {
         family: {**_summary(seen, blindly), "questions": asked[family], **seen.details}
         for family, seen, blindly in zip(families, model, guess, strict=True)
@@ -152,12 +157,19 @@ def family_scores(replies: Sequence[Reply], blind: Sequence[Reply]) -> dict[str,
     return {"families": scores, "average": _summary(_mean(model), _mean(guess))}
 
 
-def _by_image(family: str, replies: Sequence[Reply]) -> Measure:
-    """The measure of a family, its rows added up to one for each image of all replies."""
-    chosen = [reply for reply in replies if reply.family == family]
-    measure = MEASURES[family](chosen)
-    images = list(dict.fromkeys(reply.image for reply in replies))
-    return replace(measure, rows=sum_by_group(measure.rows, [reply.image for reply in chosen], images))
+def overall(replies: Sequence[Reply]) -> Measure:
+    """What ranks models, a row for each reply: the mean of the families; exact match where there are none."""
+    families = [family for family in MEASURES if any(reply.family == family for reply in replies)]
+    return _mean([_of_family(family, replies) for family in families]) if families else accuracy(replies)
+
+
+def _of_family(family: str, replies: Sequence[Reply]) -> Measure:
+    """The measure of a family, with a row of zeros for each reply of another."""
+    places = [place for place, reply in enumerate(replies) if reply.family == family]
+    measure = MEASURES[family]([replies[place] for place in places])
+    rows = np.zeros((len(replies), measure.rows.shape[-1]))
+    rows[places] = measure.rows
+    return replace(measure, rows=rows)
 
 
 def _mean(measures: Sequence[Measure]) -> Measure:
