@@ -53,6 +53,7 @@ from acformer.lab.scenes.layout import SIDE, SIZES, Scene, Thing, make_scene, si
 from acformer.lab.scenes.probe import SceneProbe
 from acformer.lab.scenes.questions import ANSWERS, LETTERS, Question, ask
 from acformer.lab.scenes.targets import NUMBER, class_names, targets_of
+from acformer.training.elastic import sample_budget
 from acformer.training.recipe import ModelSpec, Recipe, StageSpec
 
 FETCHED = cache_dir()
@@ -400,6 +401,26 @@ def test_every_scene_comes_once_before_one_comes_twice(mini, monkeypatch):
     first, second = ([scene for batch in seen[half : half + 3] for scene in batch] for half in (0, 3))
     assert sorted(first) == sorted(second) == [("train", number) for number in range(10)]
     assert first != second
+
+
+def test_an_elastic_stage_draws_the_tokens_of_every_step(mini, monkeypatch):
+    """What is trained with 3 to 9 tokens can be asked with any of them; slots are spread evenly from first to last."""
+    given, forward = [], SceneProbe.forward
+    monkeypatch.setattr(
+        SceneProbe, "forward", lambda self, tokens: given.append(tokens.shape[1]) or forward(self, tokens)
+    )
+    found = train_probe.train_probe(with_stage(mini, elastic=[3, 9])).probed
+    assert given == [sample_budget(range(3, 10), 0, step) for step in range(6)]
+    assert len({*given}) > 2
+    slots = found.probe.slots
+    assert len(slots) == 9
+    assert found.probe.slots_of(9) is slots
+    assert torch.equal(found.probe.slots_of(3), slots[[0, 4, 8]])
+    losses = {tokens: probe_loss(replace(found, num_tokens=tokens), "test", 6) for tokens in (3, 9)}
+    assert losses[3] != losses[9]
+    assert given[-2:] == [3, 9]
+    with pytest.raises(UsageError, match="40 tokens do not fit"):
+        train_probe.train_probe(with_stage(mini, elastic=[3, 40]))
 
 
 @pytest.mark.lab

@@ -8,7 +8,7 @@ T of the range is trained, and its anchors are searched for anew.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,11 @@ from acformer.connectors import Connector
 from acformer.data.collate import padding_id
 from acformer.data.conversation import IGNORE
 from acformer.errors import UsageError
+
+
+def sample_budget(choices: Sequence[int], seed: int, step: int) -> int:
+    """T of an optimizer step, uniform over the choices; of the seed and the step alone."""
+    return random.Random(f"{seed} {step}").choice(choices)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class ElasticBudget:
 
     def sample(self, step: int) -> int:
         """T of an optimizer step, uniform over the choices."""
-        return random.Random(f"{self.seed} {step}").choice(self.choices)
+        return sample_budget(self.choices, self.seed, step)
 
     def __call__(self, batch: Mapping[str, Any], step: int) -> dict[str, Any]:
         """input_ids, attention_mask and labels (B, L) cut to the step's T, and `num_visual_tokens` for the model."""

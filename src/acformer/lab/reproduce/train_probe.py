@@ -3,7 +3,7 @@
 A recipe whose `model.text` is one of `plans.PROBES` is trained here: the connector and `SceneProbe` side by side, in
 one stage (`finetune`), on scenes as they are (no conversation). Of `training` it takes max_steps and
 per_device_train_batch_size, which must be there, warmup_steps and bf16; the probe's learning rate is that of
-`language_model`.
+`language_model`. With `elastic` every step has its own number of tokens, as in `acformer.training.elastic`.
 """
 
 import math
@@ -39,6 +39,7 @@ from acformer.lab.scenes.questions import Question, ask
 from acformer.lab.scenes.targets import SceneTargets, targets_of
 from acformer.lab.scenes.word_probe import WordProbe
 from acformer.lab.training_step import autocast, training_step
+from acformer.training.elastic import elastic_choices, sample_budget
 from acformer.training.recipe import Recipe, StageSpec
 from acformer.vision.encoder import load_vision_encoder
 from acformer.vision.families import image_size
@@ -59,6 +60,8 @@ class ProbedConnector:
     cache: FeatureCache
     device: torch.device
     bf16: bool
+    num_tokens: int | None = None
+    """T asked of the connector, if it is not its own."""
 
     def features(self, scenes: list[tuple[str, int]]) -> VisionFeatures:
         """What the encoder made of (split, number) scenes, from the cache."""
@@ -74,7 +77,7 @@ class ProbedConnector:
     def predict(self, features: VisionFeatures) -> dict[str, Tensor]:
         """What the probe predicts of the images."""
         with autocast(self.device, torch.bfloat16 if self.bf16 else torch.float32):
-            return self.probe(self.connector(features))
+            return self.probe(self.connector(features, self.num_tokens))
 
     def loss(self, features: VisionFeatures, targets: SceneTargets) -> Tensor:
         """The probe's, of a batch."""
@@ -123,6 +126,7 @@ def train_probe(recipe: Recipe, width: int = WIDTH, words: Tensor | None = None)
         raise UsageError(f"model.text {WORD_PROBE} is a probe before a language model: take it as a scale's probe")
     torch.manual_seed(recipe.seed)
     probed = _new_probe(recipe, spec, width, words)
+    choices = _choices(probed.connector, spec)
     available = probed.difficulty.num_scenes("train")
     count = min(spec.max_samples or available, available)
     probed.encode("train", list(range(count)))
@@ -139,7 +143,8 @@ def train_probe(recipe: Recipe, width: int = WIDTH, words: Tensor | None = None)
         target = SceneTargets(*(value[chosen] for value in targets)).to(probed.device)
         features = probed.features([("train", number) for number in chosen.tolist()])
         begin = time.perf_counter()
-        loss = training_step(partial(probed.loss, features, target), optimizer, max_grad_norm=1.0)
+        asked = replace(probed, num_tokens=sample_budget(choices, recipe.seed, step))
+        loss = training_step(partial(asked.loss, features, target), optimizer, max_grad_norm=1.0)
         schedule.step()
         losses.append(loss.item())  # waits for the device, so that the step is timed whole
         seconds.append(time.perf_counter() - begin)
@@ -244,15 +249,21 @@ def _new_probe(recipe: Recipe, stage: StageSpec, width: int, words: Tensor | Non
     processor = square_image_processor(encoder.tower, spec.image_size or image_size(encoder.tower.config))
     folder = cache_dir() / "features"
     cache = FeatureCache(folder, encoder, encoder.tower, processor, hidden_layers=hidden_layers, input_grid=grid)
+    most = _choices(connector, stage)[-1]
     if spec.text == WORD_PROBE and words is not None:
         torch.manual_seed(recipe.seed)  # the same start for every connector, as `paired_probe`
-        probe: SceneProbe = WordProbe(difficulty, connector.num_tokens, words)
+        probe: SceneProbe = WordProbe(difficulty, most, words)
     elif spec.text == PROBE:
-        probe = SceneProbe(difficulty, connector.num_tokens, width)
+        probe = SceneProbe(difficulty, most, width)
     else:
-        probe = paired_probe(difficulty, connector.num_tokens, width, recipe.seed, attends=spec.text == MIXING_PROBE)
+        probe = paired_probe(difficulty, most, width, recipe.seed, attends=spec.text == MIXING_PROBE)
     bf16 = bool(stage.training.get("bf16", False))
     return ProbedConnector(difficulty, connector.to(device), probe.to(device), cache, device, bf16)
+
+
+def _choices(connector: Connector, stage: StageSpec) -> tuple[int, ...]:
+    """The numbers of tokens that steps are drawn from, ascending: of `elastic`, else the connector's own."""
+    return elastic_choices(connector, *stage.elastic) if stage.elastic else (connector.num_tokens,)
 
 
 def paired_probe(difficulty: Difficulty, num_tokens: int, width: int, seed: int, *, attends: bool) -> SceneProbe:

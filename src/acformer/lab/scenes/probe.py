@@ -25,7 +25,8 @@ PROBE_VERSION = 2  # of architecture, losses and the rules of `answers.py`: othe
 class SceneProbe(nn.Module):
     """(B, T, E) visual tokens -> what is there. V classes, W = `width` of the hidden layers.
 
-    A learned vector a slot stands for the position that a language model would give a token. attends: the tokens are
+    A learned vector a slot stands for the position that a language model would give a token; num_tokens: the most
+    tokens that it is given. attends: the tokens are
     `Mixing` first.
     """
 
@@ -43,15 +44,21 @@ class SceneProbe(nn.Module):
         self.total = nn.Sequential(nn.Linear(width + 1, width), nn.GELU(), nn.Linear(width, most - self.fewest + 1))
         self.mixing = Mixing(dim) if attends else None
 
+    def slots_of(self, num_tokens: int) -> Float[Tensor, "T E"]:
+        """All of them; for fewer tokens as many, evenly spread from the first to the last."""
+        if num_tokens == len(self.slots):
+            return self.slots
+        return self.slots[torch.linspace(0, len(self.slots) - 1, num_tokens).round().long()]
+
     def forward(self, tokens: Float[Tensor, "B T E"]) -> dict[str, Tensor]:
         """present (B, V) logits; place (B, V, 2), size (B, V) as in `SceneTargets`; count (B, V, most) and
         total (B, range) logits of classes, the first of which are 1 and the difficulty's fewest objects."""
-        given, tokens = tokens, self.norm(tokens)
+        given, tokens, slots = tokens, self.norm(tokens), self.slots_of(tokens.shape[1])
         if self.mixing is not None:
-            tokens = self.mixing(tokens, self.slots)
+            tokens = self.mixing(tokens, slots)
         score = self.score(tokens).float().transpose(1, 2)  # (B, V, T)
         present = score.logsumexp(-1) - math.log(score.shape[-1])  # (B, V)
-        value = self.value(tokens + self.slots)  # (B, T, W)
+        value = self.value(tokens + slots)  # (B, T, W)
         weights = score.softmax(-1)  # (B, V, T)
         pooled = weights.to(value.dtype) @ value  # (B, V, W)
         often = score.sigmoid().sum(-1)  # (B, V) a soft count of the tokens that show the class
