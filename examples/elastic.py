@@ -73,7 +73,7 @@ def main() -> None:
     span = [tokens[0], tokens[-1]]
     elastic, dedicated = [], []
     for seed in range(given.seeds):
-        name = f"elastic-{span[0]}-{span[1]}-seed{seed}.json"
+        name = f"elastic-{'-'.join(map(str, tokens))}-seed{seed}.json"
         elastic.append(record(runs / name, recipe_for(seed, span[1], span), tokens)["scores"])
         dedicated.append({})
         for number in tokens:

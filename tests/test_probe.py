@@ -421,6 +421,8 @@ def test_an_elastic_stage_draws_the_tokens_of_every_step(mini, monkeypatch):
     assert given[-2:] == [3, 9]
     with pytest.raises(UsageError, match="40 tokens do not fit"):
         train_probe.train_probe(with_stage(mini, elastic=[3, 40]))
+    with pytest.raises(UsageError, match=r"finetune.elastic \[2, 4\] must hold the 5 tokens of the connector"):
+        train_probe.train_probe(with_stage(mini, elastic=[2, 4]))
 
 
 @pytest.mark.lab

@@ -1,4 +1,4 @@
-"""The paper's benchmarks: what they ask, and what answers are worth. Scoring imports neither torch nor transformers."""
+"""The paper's benchmarks: questions, and what answers are worth. To score them takes neither torch nor transformers."""
 
 from acformer.benchmarks.benchmark import Benchmark
 from acformer.benchmarks.gqa import Gqa

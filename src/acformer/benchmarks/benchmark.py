@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from acformer.benchmarks.answers import Answer, Question, read_answers
+from acformer.benchmarks.blind import blind_texts
 from acformer.benchmarks.records import File, Folder, expecting, read_records
 from acformer.errors import UsageError
 from acformer.evaluate.scorers import Sums
@@ -92,6 +93,10 @@ class Benchmark(ABC):
     def answered(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Sequence[Question]:
         """The questions that the answers are to, where a published part of them may be answered alone."""
         return questions
+
+    def blind_texts(self, questions: Sequence[Question]) -> list[str]:
+        """An answer to each question, given without a look at its image."""
+        return blind_texts(questions)
 
     def not_scored_because(self, questions: Sequence[Question], texts: Texts) -> str:
         """Why there is no score; "" if there is one."""

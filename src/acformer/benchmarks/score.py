@@ -13,7 +13,6 @@ import numpy as np
 from acformer.benchmarks import BENCHMARKS
 from acformer.benchmarks.answers import Answer, Question, match
 from acformer.benchmarks.benchmark import LLAVA, PROTOCOLS, Benchmark, Measure
-from acformer.benchmarks.blind import blind_texts
 from acformer.benchmarks.hub import open_folder
 from acformer.benchmarks.records import Folder
 from acformer.errors import DataError, UsageError, unknown_name
@@ -106,7 +105,8 @@ def score_answers(answered: Answered) -> dict[str, Any]:
 
 
 def _blind(answered: Answered) -> float:
-    measure = answered.benchmark.measure(answered.questions, blind_texts(answered.questions), answered.protocol)
+    blind = answered.benchmark.blind_texts(answered.questions)
+    measure = answered.benchmark.measure(answered.questions, blind, answered.protocol)
     return float(measure.score(measure.counts.sum(axis=0)))
 
 

@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--truth",
+        "--image-root",
+        dest="truth",
         type=Path,
         help="folder of the benchmark's published files, the one file, or a hub data set (default: the answers'); of a "
         "file of conversations the folder of its images",
@@ -72,12 +75,15 @@ def _benchmark(arguments: argparse.Namespace) -> Any:
     from acformer.benchmarks import BENCHMARKS
 
     name = arguments.benchmark
+    nearly = get_close_matches(name, BENCHMARKS.names())
     if name in BENCHMARKS.names():
         return name
-    from acformer.data.datasets import named_dataset
+    from acformer.data.datasets import DATASETS, named_dataset
 
-    if not (Path(name).expanduser().is_file() or named_dataset(name)):
+    is_path = Path(name).expanduser().exists() or "/" in name or Path(name).suffix
+    if name.partition(":")[0] not in DATASETS.names() and not is_path and (nearly or not named_dataset(name)):
         return name
+    from acformer.benchmarks.answers import read_answers
     from acformer.benchmarks.data_set import DataSetBenchmark
 
-    return DataSetBenchmark(name, arguments.truth)
+    return DataSetBenchmark(name, len(read_answers(arguments.answers)), arguments.truth)

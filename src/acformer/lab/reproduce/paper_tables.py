@@ -110,7 +110,8 @@ def _results(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted(folder.rglob("*.json")):
         result = read_json(path)
         is_score = isinstance(result, dict) and {"benchmark", "score", "protocol"} <= result.keys()
-        if is_score and result["score"] is not None and not result.get("limit"):
+        of_table = is_score and result["benchmark"] in BENCHMARKS.names()  # not of somebody's own data
+        if of_table and result["score"] is not None and not result.get("limit"):
             yield path, result
 
 

@@ -263,7 +263,12 @@ def _new_probe(recipe: Recipe, stage: StageSpec, width: int, words: Tensor | Non
 
 def _choices(connector: Connector, stage: StageSpec) -> tuple[int, ...]:
     """The numbers of tokens that steps are drawn from, ascending: of `elastic`, else the connector's own."""
-    return elastic_choices(connector, *stage.elastic) if stage.elastic else (connector.num_tokens,)
+    choices = elastic_choices(connector, *stage.elastic) if stage.elastic else (connector.num_tokens,)
+    if connector.num_tokens not in choices:
+        raise UsageError(
+            f"finetune.elastic {stage.elastic} must hold the {connector.num_tokens} tokens of the connector"
+        )
+    return choices
 
 
 def paired_probe(difficulty: Difficulty, num_tokens: int, width: int, seed: int, *, attends: bool) -> SceneProbe:

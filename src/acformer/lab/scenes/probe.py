@@ -25,9 +25,8 @@ PROBE_VERSION = 2  # of architecture, losses and the rules of `answers.py`: othe
 class SceneProbe(nn.Module):
     """(B, T, E) visual tokens -> what is there. V classes, W = `width` of the hidden layers.
 
-    A learned vector a slot stands for the position that a language model would give a token; num_tokens: the most
-    tokens that it is given. attends: the tokens are
-    `Mixing` first.
+    A learned vector a slot stands for the position that a language model would give a token. num_tokens: the most
+    tokens that it is given. attends: the tokens are `Mixing` first.
     """
 
     def __init__(self, difficulty: Difficulty, num_tokens: int, dim: int, width: int = 128, attends: bool = False):
