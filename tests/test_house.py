@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants import read_mutants
 from transformers import AutoModel, AutoModelForCausalLM
 
 import acformer
@@ -170,3 +171,14 @@ def test_raises_sections_have_one_exception_a_line():
             wrong += [(path.name, one) for one in named if not re.match(r"[A-Z]\w+: |As `", one)]
             wrong += [(path.name, one) for one in starts if re.search(r"\. [A-Z]\w*Error: ", one)]
     assert wrong == []
+
+
+@pytest.mark.parametrize("mutant", read_mutants(), ids=lambda mutant: f"{mutant.file}: {mutant.new[:40]}")
+def test_a_mutant_is_still_one(mutant):
+    """What it changes is in its file once, and the tests that it names are there."""
+    assert (ROOT / "src/acformer" / mutant.file).read_text().count(mutant.old) == 1
+    files, _, chosen = mutant.tests.partition(" -k ")
+    text = "".join((ROOT / "tests" / name).read_text() for name in files.split() if name.endswith(".py"))
+    names = re.findall(r"^ *def (test_\w+)", text, re.MULTILINE)
+    for word in re.findall(r"\w+", chosen):
+        assert word in ("or", "and", "not") or any(word in name for name in names), word
