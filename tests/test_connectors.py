@@ -6,7 +6,6 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -227,7 +226,7 @@ def test_an_image_without_patches(name):
         small(name, Geometry(32, 24, (0, 6), 1))
 
 
-@pytest.mark.parametrize("name", tiny.mostly_slow(list_connectors(), "acformer", "mlp", "token_packer"))
+@names
 def test_compiles_into_one_graph(name, make_features):
     connector = small(name)
     features = make_features(connector)
