@@ -116,9 +116,10 @@ def main() -> None:
     ]:
         cells = []
         for num in options.num:
-            choice = SELECTORS[name](features, num)
             if factor:
                 choice = spaced_points(cls_attention(features), features.grid, num, factor)
+            else:
+                choice = SELECTORS[name](features, num)
             pairs = [coverage(scene, row, features.grid) for scene, row in zip(scenes, choice, strict=True)]
             covered, ground = map(list, zip(*pairs, strict=True))
             cells.append(f"{with_interval(covered)} ({sum(ground) / len(ground):.0%})")

@@ -49,17 +49,21 @@ def scores(probed: ProbedConnector, tokens: int) -> dict[str, float]:
 
 
 def record(path: Path, recipe: Recipe, asked: list[int]) -> dict[str, Any]:
-    """Of one training; it is done if the file is not there."""
+    """Of one training; it is done if the file is not there. `SystemExit` where that is of another recipe."""
+    asked_for = json.loads(json.dumps(asdict(with_all_options(recipe)), default=str))
     if not path.exists():
         trained = train_probe(recipe)
         found = {
             "scores": {str(tokens): scores(trained.probed, tokens) for tokens in asked},
             "loss_curve": trained.curve(),
-            "recipe": asdict(with_all_options(recipe)),
+            "recipe": asked_for,
             **machine(),
         }
-        write_text(path, json.dumps(found, indent=1, default=str) + "\n")
-    return json.loads(path.read_text())
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    found = json.loads(path.read_text())
+    if any(found["recipe"][key] != asked_for[key] for key in ("model", "finetune", "seed")):
+        raise SystemExit(f"{path} was made by another recipe: remove it, or take another --out")
+    return found
 
 
 def main() -> None:

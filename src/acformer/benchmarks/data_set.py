@@ -1,6 +1,7 @@
 """A data set or a file of conversations as a benchmark, so that files of answers to it are scored and compared."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class DataSetBenchmark(Benchmark):
         image_root: the folder of a file's images.
     """
 
-    column = metric = "per cent"
+    column, metric = "", "per cent"
     protocols = ByProtocol(llava=AS_EVAL, official=AS_EVAL, lmms_eval=AS_EVAL)
 
     def __init__(self, data: str, num_answers: int, image_root: Path | None = None):
@@ -67,7 +68,8 @@ class DataSetBenchmark(Benchmark):
 
 def _question(sample: Sample) -> Question:
     reply = as_reply(sample)
-    names = [str(image) if isinstance(image, Path) else reply.image for image in sample.images]
+    # Of bytes, as they lie in tables, a digest: the name is written for every question.
+    names = [sha256(image).hexdigest() if isinstance(image, bytes) else str(image) for image in sample.images]
     return Question(reply.id, reply.question, ", ".join(names), (reply.answer,), category=reply.kind or "")
 
 

@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,20 @@ def _benchmark(arguments: argparse.Namespace) -> Any:
     from acformer.benchmarks import BENCHMARKS
 
     name = arguments.benchmark
-    nearly = get_close_matches(name, BENCHMARKS.names())
-    if name in BENCHMARKS.names():
-        return name
-    from acformer.data.datasets import DATASETS, named_dataset
-
-    is_path = Path(name).expanduser().exists() or "/" in name or Path(name).suffix
-    if name.partition(":")[0] not in DATASETS.names() and not is_path and (nearly or not named_dataset(name)):
+    if name in BENCHMARKS.names() or not _is_data(name, BENCHMARKS.names()):
         return name
     from acformer.benchmarks.answers import read_answers
     from acformer.benchmarks.data_set import DataSetBenchmark
 
     return DataSetBenchmark(name, len(read_answers(arguments.answers)), arguments.truth)
+
+
+def _is_data(name: str, benchmarks: Sequence[str]) -> bool:
+    """Whether it names a data set or a path; `UsageError` for what is nearly a data set's name, and no benchmark's."""
+    from acformer.data.datasets import DATASETS, named_dataset
+
+    if name.partition(":")[0] in DATASETS.names() or "/" in name or Path(name).suffix or Path(name).exists():
+        return True
+    if not get_close_matches(name, benchmarks):
+        named_dataset(name)
+    return False
