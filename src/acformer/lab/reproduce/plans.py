@@ -238,8 +238,7 @@ TAKEN_AWAY = ("block", "near", "places", "talk")
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:
-    """`acformer_v2`, its rivals, what it is without each of its parts, and what parts add to `acformer`."""
-    rivals = ("acformer", "c_abstractor", "d_abstractor", "ldp_v2", "mlp", "perceiver", "pooling", "token_packer")
+    """`acformer_v2`, every connector of Table 3, what it is without each of its parts, what parts add to `acformer`."""
     bare = {"selector": "anchors", **dict.fromkeys((*ALONE, *TAKEN_AWAY), False)}
     talks = {**bare, "places": True, "talk": True}
     rows: dict[str, dict[str, Any]] = {
@@ -257,7 +256,8 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in rows.items()]
     changed.append(TableRow("acformer+spaced", "acformer", {"selector": "spaced"}, "acformer"))
     changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))  # as many weights
-    return (*(TableRow(name, name) for name in rivals), *changed)
+    rivals = (row for row in every_connector() if row.name != SUCCESSOR)
+    return (*rivals, *changed)
 
 
 TABLES = {
