@@ -665,6 +665,26 @@ def test_a_name_alone_is_the_same_plan_elsewhere():
     assert plan_for("table3", "cpu", name="table3") == plan_for("table3", "cpu")
 
 
+def test_the_factors_that_every_row_tries_are_the_callers():
+    plan = plan_for("table3", "cpu", factors=[3, 0.03, 3], name="wider")
+    assert plan.scale.search.factors == (0.03, 3)
+    assert plan.command == "acformer reproduce table3 --scale cpu --name wider --factors 0.03 3"
+    one = plan_for("successor", "cpu", factors=[0.3], name="unsearched")
+    assert not cells_of(one)[0].runs[0].trials
+    assert "learning rate is 0.3 times the recipe's in every row, without a search." in table_text(one, [])
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+def test_a_factor_that_is_no_factor_is_refused(factor):
+    with pytest.raises(UsageError, match=f"not multiplied by {factor:g}: --factors are numbers above 0"):
+        plan_for("table3", "cpu", factors=[0.3, factor], name="mine")
+
+
+def test_another_search_needs_a_name():
+    with pytest.raises(UsageError, match="a changed search makes another table than table3"):
+        plan_for("table3", "cpu", factors=[0.3])
+
+
 def test_tables_come_from_the_registries():
     from acformer.anchors.selectors import SELECTORS
 

@@ -25,6 +25,14 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tokens", type=positive, nargs="+", metavar="T", help="train only at these of the scale's budgets"
     )
+    sub.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of the recipe's learning rate of the connector, that every row tries for a part of the steps (default: "
+        "the scale's); one alone: no search; needs --name",
+    )
     sub.add_argument("--jobs", type=positive, help="runs side by side (default: one a core, one on an accelerator)")
     sub.add_argument("--out", type=Path, default=Path("results"), help="tables go to OUT/TABLE-SCALE")
     sub.add_argument("--work", type=Path, default=Path("runs/reproduce"), help="where models lie while they are made")
@@ -44,7 +52,12 @@ def run(arguments: argparse.Namespace) -> str:
     from acformer.lab.reproduce.plans import plan_for
 
     plan = plan_for(  # before torch, as in `train`
-        arguments.table, arguments.scale, arguments.seeds, overrides=arguments.overrides, name=arguments.name
+        arguments.table,
+        arguments.scale,
+        arguments.seeds,
+        overrides=arguments.overrides,
+        factors=arguments.factors,
+        name=arguments.name,
     )
     from acformer.lab.reproduce.run_plan import reproduce
 

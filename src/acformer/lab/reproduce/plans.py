@@ -4,6 +4,7 @@ A plan is a table (its rows) at a scale (its recipe, data and budget). Rows come
 selectors, so that a new one has its row without a line here.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,8 +147,11 @@ class Plan:
     @property
     def command(self) -> str:
         """What makes it, but for `--connectors` and `--seeds`."""
+        scale = self.scale
         name = ("--name", self.name) if self.table else ()
-        words = "acformer reproduce", self.table or self.name, *self.scale.overrides, "--scale", self.scale.name, *name
+        words = ["acformer reproduce", self.table or self.name, *scale.overrides, "--scale", scale.name, *name]
+        if scale.search.factors != SCALES.get(scale.name, scale).search.factors:
+            words += ["--factors", *(f"{factor:g}" for factor in scale.search.factors)]
         return " ".join(words)
 
 
@@ -162,22 +166,31 @@ class Table:
 
 
 def plan_for(
-    table: str, scale: str, seeds: int | None = None, *, overrides: Sequence[str] = (), name: str | None = None
+    table: str,
+    scale: str,
+    seeds: int | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    factors: Sequence[float] | None = None,
+    name: str | None = None,
 ) -> Plan:
     """The plan of a table at a scale.
 
-    With `overrides`, `key=value` changes of the scale's recipe, the plan needs a `name` of its own: what is trained
-    otherwise does not belong into the same table.
+    With `overrides`, `key=value` changes of the scale's recipe, or `factors`, those of the learning rate that every row
+    tries (one alone: no search), the plan needs a `name` of its own: what is trained otherwise does not belong into the
+    same table.
 
     Raises:
-        UsageError: no such table or scale; a changed recipe without a new name; another connector for all rows.
+        UsageError: no such table or scale; a changed recipe or search without a new name; another connector for all
+            rows; a factor that is not above 0.
     """
     if table not in TABLES:
         raise unknown_name("table", table, TABLES)
     if scale not in SCALES:
         raise unknown_name("scale", scale, SCALES)
-    if overrides and (name is None or name in TABLES):
-        raise UsageError(f"a changed recipe makes another table than {name or table}: give it a --name of its own")
+    for changed, what in ((overrides, "recipe"), (factors, "search")):
+        if changed and (name is None or name in TABLES):
+            raise UsageError(f"a changed {what} makes another table than {name or table}: give it a --name of its own")
     if any(override.partition("=")[0].strip() == "model.connector" for override in overrides):
         raise UsageError(
             "model.connector is what the rows of a table differ in: choose rows with --connectors; options of all "
@@ -186,6 +199,10 @@ def plan_for(
     chosen, size = TABLES[table], replace(SCALES[scale], overrides=tuple(overrides))
     if seeds is not None:
         size = replace(size, seeds=seeds)
+    if factors:
+        if wrong := [factor for factor in factors if not 0 < factor < math.inf]:
+            raise UsageError(f"a learning rate is not multiplied by {wrong[0]:g}: --factors are numbers above 0")
+        size = replace(size, search=replace(size.search, factors=tuple(sorted(set(factors)))))
     variant_of = None if name in (None, table) else table
     return Plan(name or table, chosen.asks, size, chosen.rows(), chosen.fractions, variant_of, chosen.against)
 

@@ -48,8 +48,11 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
 def _rates(plan: Plan) -> str:
     """How the connector's learning rate was found."""
     scale, borrowers = plan.scale, [f"`{row.name}`" for row in plan.rows if row.rate_of]
-    found = f"is the best of {len(scale.search.factors)} tried by every row for {scale.search.fraction:g} of the steps"
-    if borrowers:
+    factors = scale.search.factors
+    found = f"is the best of {len(factors)} tried by every row for {scale.search.fraction:g} of the steps"
+    if len(factors) == 1:
+        found = f"is {factors[0]:g} times the recipe's in every row, without a search"
+    elif borrowers:
         lenders = ", ".join(sorted({f"`{row.rate_of}`" for row in plan.rows if row.rate_of}))
         found += f" ({', '.join(borrowers)} made no search and take that of {lenders})"
     if scale.probe is None:
