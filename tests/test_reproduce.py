@@ -744,21 +744,27 @@ def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("folder", "side", "overrides"),
+    ("folder", "side", "overrides", "factors"),
     [
-        ("successor-cpu", 12, ()),
-        ("longer-successor-cpu", 12, ("finetune.training.max_steps=4500",)),
-        ("successor-cpu-hard", 16, ()),
-        ("successor-cpu-smollm2", 12, ()),
-        ("more-scenes-cpu-hard", 16, ("finetune.max_samples=16000",)),
-        ("successor-cpu-smollm2-hard", 16, ()),
+        ("successor-cpu", 12, (), None),
+        ("longer-successor-cpu", 12, ("finetune.training.max_steps=4500",), None),
+        ("successor-cpu-hard", 16, (), None),
+        ("successor-cpu-smollm2", 12, (), None),
+        ("more-scenes-cpu-hard", 16, ("finetune.max_samples=16000",), None),
+        (
+            "longer-more-scenes-cpu-hard",
+            16,
+            ("finetune.max_samples=16000", "finetune.training.max_steps=13500"),
+            (0.3,),
+        ),
+        ("successor-cpu-smollm2-hard", 16, (), None),
     ],
 )
-def test_records_of_the_successor_are_the_plans(monkeypatch, folder, side, overrides):
+def test_records_of_the_successor_are_the_plans(monkeypatch, folder, side, overrides, factors):
     """Its default has changed since: the records are of the rows that say what it was."""
     monkeypatch.setattr(runs, "geometry_of", lambda model: Geometry(384, 64, (side, side), 1))
     name, _, scale = folder.partition("-cpu")
-    plan = plan_for("successor", f"cpu{scale}", overrides=overrides, name=name)
+    plan = plan_for("successor", f"cpu{scale}", overrides=overrides, factors=factors, name=name)
     paths = [*(Path(__file__).parents[1] / "results" / folder).glob("*/*.json")]
     made = {job_name(path): json.loads(path.read_text())["fingerprint"] for path in paths}
     jobs = {job_name(job_path(Path(), job)): job.fingerprint for job in all_jobs(plan, seeds=5)}
