@@ -30,8 +30,8 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         metavar="X",
-        help="of the recipe's learning rate of the connector, that every row tries for a part of the steps (default: "
-        "the scale's); one alone: no search; needs --name",
+        help="what every row multiplies the connector's learning rate by, each for a part of the steps, to find the "
+        "best (default: the scale's); one alone: no search; needs --name",
     )
     sub.add_argument("--jobs", type=positive, help="runs side by side (default: one a core, one on an accelerator)")
     sub.add_argument("--out", type=Path, default=Path("results"), help="tables go to OUT/TABLE-SCALE")

@@ -146,7 +146,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """What makes it, but for `--connectors` and `--seeds`."""
+        """What makes it, but for `--connectors`, `--seeds` and `--tokens`."""
         scale = self.scale
         name = ("--name", self.name) if self.table else ()
         words = ["acformer reproduce", self.table or self.name, *scale.overrides, "--scale", scale.name, *name]
