@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torch import nn
 from transformers import CONFIG_MAPPING, CLIPVisionModel
 
 from acformer.errors import DivergedError, UsageError
@@ -348,13 +349,13 @@ def test_a_paired_probe_starts_alike_whatever_the_connector_drew(mini, text):
     assert slots[0].shape != slots[1].shape
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert ("mixing.norm.weight" in ours) == (text == MIXING_PROBE)
+    assert ("mixing.attention.q_proj.weight" in ours) == (text == MIXING_PROBE)
     first, other = start(PROBE), start(PROBE, connector="mlp", connector_kwargs={})
     assert not torch.equal(first["score.weight"], other["score.weight"])
 
 
 def test_tokens_read_each_other_in_one_probe_alone():
-    """A change of one token changes what the probe makes of another one, or does not."""
+    """A change of one token changes what the probe makes of another one, or does not; at the start in neither."""
     torch.manual_seed(0)
     tokens, changed = torch.randn(1, TOKENS, DIM), torch.randn(1, TOKENS, DIM)
     changed[:, 1:] = tokens[:, 1:]
@@ -362,9 +363,13 @@ def test_tokens_read_each_other_in_one_probe_alone():
         probe = SceneProbe(SMALL, TOKENS, DIM, width=24, attends=attends)
         read = []
         probe.score.register_forward_hook(lambda module, inputs, output, read=read: read.append(output[:, 1:]))
-        probe(tokens)
-        probe(changed)
-        assert torch.equal(*read) != attends
+        for has_learnt in (False, True):
+            if has_learnt and attends:
+                nn.init.normal_(probe.mixing.attention.o_proj.weight)
+            read.clear()
+            probe(tokens)
+            probe(changed)
+            assert torch.equal(*read) != (attends and has_learnt)
     assert (probe(tokens)["total"] - probe(tokens[:, [1, 0, 2, 3, 4]])["total"]).abs().max() > 0, "slots are places"
 
 

@@ -92,17 +92,19 @@ class SceneProbe(nn.Module):
 
 
 class Mixing(nn.Module):
-    """LN(x + SA(query = key = x + slots, value = x)): every token may read every other one, once."""
+    """x + SA(query = key = x + slots, value = x), which starts as x: every token may read every other one, once."""
 
     def __init__(self, dim: int, num_heads: int = 4):
         super().__init__()
         self.attention = MultiHeadAttention(dim, num_heads)
-        self.norm = nn.LayerNorm(dim)
+        # Mixed at random from the start, tokens are told apart much later: after 4,500 steps `acformer` had 42 for 69.
+        nn.init.zeros_(self.attention.o_proj.weight)
+        nn.init.zeros_(self.attention.o_proj.bias)
 
     def forward(self, tokens: Float[Tensor, "B T E"], slots: Float[Tensor, "T E"]) -> Float[Tensor, "B T E"]:
         """(B, T, E) -> (B, T, E)."""
         placed = tokens + slots
-        return self.norm(tokens + self.attention(placed, placed, tokens))
+        return tokens + self.attention(placed, placed, tokens)
 
 
 def _mean(values: Tensor) -> Tensor:
