@@ -1,7 +1,5 @@
 """`acformer_v2`: without its parts the paper's connector to the bit; each part what its formula says; what it costs."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,16 +12,14 @@ from acformer.connectors.acformer_v2 import (
     Queries,
     Talk,
     centres,
-    mass_numbers,
     place_code,
-    pooled_side,
     squared_distances,
 )
 from acformer.errors import UsageError
 from acformer.training.trace import FlopCounter
 from acformer.vision.features import VisionFeatures
 
-PARTS = ("stem", "pooled", "places", "mass", "talk", "near", "block")
+PARTS = ("stem", "places", "talk", "near", "block")
 NONE, ALL = {"selector": "anchors", **dict.fromkeys(PARTS, False)}, dict.fromkeys(PARTS, True)
 SIZES = {"depth": 2, "num_heads": 2, "head_dim": 8, "ff_mult": 2, "num_anchors": 9}
 GEOMETRIES = {
@@ -65,7 +61,7 @@ def test_weights_of_acformer_are_taken_and_a_part_adds_its_own(part, make_featur
     grown = new(**{**NONE, part: True}, seed=1)
     missing, unexpected = grown.load_state_dict(old.state_dict(), strict=False)
     assert unexpected == []
-    assert {name.partition(".")[0] for name in missing} == ({part} - {"pooled"})
+    assert {name.partition(".")[0] for name in missing} == {part}
     same = torch.equal(grown(features), old(features))
     assert same == (part in ("places", "block")), "these start at zero"
 
@@ -133,8 +129,8 @@ def test_compiles_and_exports_with_all_parts(make_features):
 
 @pytest.mark.slow
 def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
-    """As of `acformer` (test_compile.py); with `pooled` and `spaced`, whose steps Python counts, each has its own."""
-    connector, features = shaken(new(**{**ALL, "pooled": False, "selector": "anchors"})), make_features(CLIP, batch=3)
+    """As of `acformer` (test_compile.py); with `spaced`, whose steps Python counts, each has its own."""
+    connector, features = shaken(new(**{**ALL, "selector": "anchors"})), make_features(CLIP, batch=3)
     torch.compiler.reset()
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(connector, fullgraph=True, backend=backend)
@@ -211,19 +207,6 @@ def neighbours(patches, depthwise):
     return sum(image[:, y : y + 6, x : x + 6] * kernel[:, y, x] for y in range(3) for x in range(3))
 
 
-def test_pooled_cells_come_first_and_leave_room_for_anchors(make_features):
-    features = make_features(CLIP)
-    queries = new(**{**NONE, "pooled": True}).placed_queries(features, features, 37)
-    cells = features.patches.unflatten(1, (3, 2, 3, 2)).mean((2, 4)).flatten(1, 2)  # 3 x 3 of 6 x 6
-    torch.testing.assert_close(queries.vectors[:, 1:10], cells)
-    torch.testing.assert_close(queries.places[0, 1:10], centres((3, 3), cells.device))
-    anchors = select_anchors(features.cls_attention, 27)
-    assert torch.equal(queries.vectors[0, 10:], features.patches[0, anchors[0]])
-    sides = {num_tokens: pooled_side(num_tokens, num_tokens - 1, (24, 24)) for num_tokens in (2, 17, 37, 65, 145)}
-    assert sides == {2: 0, 17: 2, 37: 3, 65: 4, 145: 6}
-    assert pooled_side(145, 144, (3, 48)) == 3
-
-
 def test_no_two_places_have_one_code():
     codes = place_code(centres((24, 24), torch.device("cpu")))
     assert codes.shape == (576, 64)
@@ -233,30 +216,6 @@ def test_no_two_places_have_one_code():
     # The same place whatever the grid: the middle of the image.
     middle = place_code(torch.tensor([0.5, 0.5]))
     assert torch.equal(place_code(centres((5, 5), codes.device))[12], middle)
-
-
-def test_mass_by_hand():
-    """Two anchors in a row of four cells, a patch each at its ends; the two others are like the left one."""
-    patches = torch.tensor([[[1.0, 0], [1, 0.1], [1, 0.2], [0, 1]]])
-    features = VisionFeatures(patches, None, (1, 4), 0)
-    where = centres((1, 4), patches.device)
-    queries = Queries(patches[:, [0, 3]], where[None, [0, 3]], torch.tensor([True, True]))
-    numbers = mass_numbers(queries, features)
-    left, right = numbers[0]
-    x = where[:3, 0]
-    spread = ((x - x.mean()) ** 2).mean().sqrt()
-    expected = [math.log(3.5 * 2 / 4), math.sqrt(2) * float(x.mean() - x[0]), 0, math.sqrt(2) * float(spread), 0]
-    # Measured 3e-8; a variance as a difference of means, in float32.
-    torch.testing.assert_close(left, torch.tensor(expected), rtol=0, atol=1e-5)
-    torch.testing.assert_close(right, torch.tensor([math.log(1.5 * 2 / 4), 0, 0, 0, 0]), rtol=0, atol=1e-5)
-
-
-def test_every_patch_has_a_token_and_none_belongs_to_cls(make_features):
-    features = make_features(CLIP)
-    queries = new(**{**NONE, "mass": True}).placed_queries(features, features, 10)
-    counts = mass_numbers(queries, features)[..., 0].exp() * 36 / 10 - 0.5
-    torch.testing.assert_close(counts.sum(-1), torch.full((2,), 36.0))
-    assert counts[:, 0].abs().max() < 1e-5
 
 
 def test_distances_in_cells_and_none_to_what_has_no_place():

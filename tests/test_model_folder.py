@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from acformer.cli import main
 from acformer.connectors import CONNECTORS, connector_options, list_connectors
+from acformer.errors import UsageError
 from acformer.evaluate.card_scores import record_scores
 from acformer.hf import AcFormerConfig, AcFormerForConditionalGeneration, AcFormerProcessor, publish
 from acformer.hf.auto_map import AUTO_MAP
@@ -391,6 +392,25 @@ def test_an_option_that_a_saved_config_does_not_name_is_what_it_was(tmp_path):
 
 
 FIRST = {"selector": "anchors", "stem": True, "block": False, "near": False}
+
+
+@pytest.mark.parametrize(("option", "value"), [("mass", False), ("pooled", False), ("mass", True)])
+def test_an_option_that_was_removed_may_stand_in_a_saved_config_where_it_did_nothing(option, value, tmp_path):
+    model = tiny.model("acformer_v2")
+    folder = save(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["connector_kwargs"][option] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    if value:
+        with pytest.raises(
+            UsageError, match=r"option mass of connector 'acformer_v2' was removed .*mass=False is still"
+        ):
+            load_model(str(folder))
+        return
+    loaded, _ = load_model(str(folder))
+    assert option not in loaded.config.to_dict()["connector_kwargs"]
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_a_default_that_json_cannot_hold_is_left_to_its_connector(monkeypatch):

@@ -69,9 +69,10 @@ def connector_options(name: str) -> dict[str, Any]:
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a connector: those that are given, former names understood, and the defaults of the others.
 
-    As JSON would give them back: a tuple is a list. `UsageError` for a name that is not known.
+    As JSON would give them back: a tuple is a list. `UsageError` for a name that is not known, or an option that was
+    removed.
     """
-    found = {**connector_options(name), **_renamed(CONNECTORS[name], options)}
+    found = {**connector_options(name), **_of_today(name, options)}
     return {key: list(value) if isinstance(value, tuple | list) else value for key, value in found.items()}
 
 
@@ -89,7 +90,7 @@ def build_connector(name: str, geometry: Geometry, **kwargs: Any) -> Connector:
             or one that the geometry cannot take.
     """
     connector = CONNECTORS[name]
-    options = {**CONNECTORS.resolve(name).options, **_renamed(connector, kwargs)}
+    options = {**CONNECTORS.resolve(name).options, **_of_today(name, kwargs)}
     check_options(f"connector {name!r}", connector, options)
     if geometry.num_patches < 1:
         h, w = geometry.grid
@@ -109,9 +110,18 @@ def budget_options(name: str, geometry: Geometry, num_tokens: int) -> dict[str, 
     return connector.for_budget(geometry, num_tokens)
 
 
-def _renamed(connector: type[Connector], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a config or recipe that was written when some of them had other names."""
-    return {connector.former_options.get(key, key): value for key, value in options.items()}
+def _of_today(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a config or recipe that was written when some of them had other names, or others were there."""
+    connector = CONNECTORS[name]
+    removed = connector.removed_options
+    for key in removed.keys() & options.keys():
+        if options[key] != removed[key]:
+            raise UsageError(
+                f"option {key} of connector {name!r} was removed (see CHANGELOG.md): {key}={removed[key]} is still "
+                f"understood, {key}={options[key]!r} needs the acformer with which it was trained"
+            )
+    kept = {key: value for key, value in options.items() if key not in removed}
+    return {connector.former_options.get(key, key): value for key, value in kept.items()}
 
 
 __all__ = [

@@ -2,17 +2,15 @@
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): few anchors crowd on the largest things and
 miss the small ones, patches are read without their neighbours and from anywhere, and an anchor's token does not say
-where it is. So the default has another selector, `spaced`, and four of seven parts, each an option: `block`, `places`,
+where it is. So the default has another selector, `spaced`, and four of five parts, each an option: `block`, `places`,
 `near`, `talk`. Without any of them, and with `selector: anchors`, it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
     block    the stem with hidden layers: R' = R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))), D -> D / 2 -> D
-    pooled   a quarter of the tokens are means of g x g cells of the image, so that the ground is in somebody's hands
     places   phi(p), a 2-D sine-cosine code, is added to queries, to values and to what comes out, through matrices that
              start at zero; keys stay as they are, so what is looked for has no place
     near     heads of the cross-attention, too, may prefer what is near, each by its own learned locality:
              logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
-    mass     what lies in a token's own cell: its share of the patches, their mean place and spread, a small MLP of them
     talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
              logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2
 
@@ -33,7 +31,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from acformer.anchors.search import check_num_anchors
-from acformer.anchors.selectors import without_autocast
 from acformer.connectors.base import Geometry
 from acformer.connectors.blocks import CrossAttentionLayer, CrossAttentionStack
 from acformer.connectors.merging import take
@@ -44,8 +41,6 @@ from acformer.vision.features import VisionFeatures
 
 NUM_FREQUENCIES = 16  # of an axis, from half a turn to 16 turns over the image
 CODE = 4 * NUM_FREQUENCIES  # sine and cosine, x and y
-CELL_LOCALITY = 0.25  # what a distance of one cell costs a patch in cosine similarity
-MASS_NUMBERS, MASS_WIDTH = 5, 64
 
 
 class Queries(NamedTuple):
@@ -67,10 +62,8 @@ class AcFormerV2Connector(Resampler):
         num_anchors, selector, stochastic_anchors, depth, num_heads, head_dim, ff_mult: as of `acformer`.
         stem: a depth-wise 3 x 3 convolution of the patches before they are read.
         block: the same with hidden layers of half the width; with both, `stem` comes first.
-        pooled: at most a quarter of the tokens are means of g x g cells of the image.
         places: sine-cosine codes of places in queries, values and outputs.
         near: a learned locality of every head that reads.
-        mass: how many patches are most like a token, and where these lie.
         talk: self-attention among the tokens, with a learned locality.
 
     Raises:
@@ -81,6 +74,7 @@ class AcFormerV2Connector(Resampler):
     queries: SelectedQueries
     stack: CrossAttentionStack
     former_defaults = MappingProxyType({"selector": "anchors", "stem": True, "block": False, "near": False})
+    removed_options = MappingProxyType({"mass": False, "pooled": False})
 
     def __init__(
         self,
@@ -94,9 +88,7 @@ class AcFormerV2Connector(Resampler):
         head_dim: int = 64,
         ff_mult: float = 4,
         stem: bool = False,
-        pooled: bool = False,
         places: bool = True,
-        mass: bool = False,
         talk: bool = True,
         near: bool = True,
         block: bool = True,
@@ -104,11 +96,9 @@ class AcFormerV2Connector(Resampler):
         queries = SelectedQueries(geometry, num_anchors, selector, stochastic_anchors)
         super().__init__(geometry, queries, depth=depth, num_heads=num_heads, head_dim=head_dim, ff_mult=ff_mult)
         width, inner = geometry.vision_hidden_size, num_heads * head_dim
-        self.pooled = pooled
         self.stem = Stem(width) if stem else None
         self.block = Block(width) if block else None
         self.places = PlaceCodes(width, inner, depth) if places else None
-        self.mass = Mass(width) if mass else None
         self.talk = Talk(width, num_heads, head_dim) if talk else None
         self.near = nn.ParameterList(initial_locality(num_heads) for _ in range(depth)) if near else None
 
@@ -126,8 +116,6 @@ class AcFormerV2Connector(Resampler):
             assert isinstance(layer, CrossAttentionLayer)
             added = None if self.places is None else self.places.values(number, seen)  # (P+N, H d)
             hidden = hidden + layer.attention(hidden, seen.tokens, nearness[number], added)
-            if number == last and self.mass is not None:
-                hidden = hidden + self.mass(queries, seen)
             if number == last and self.talk is not None:
                 hidden = hidden + self.talk(hidden, queries)
             hidden = hidden + layer.feed_forward(hidden)
@@ -144,35 +132,20 @@ class AcFormerV2Connector(Resampler):
         return [locality_penalty(locality, apart) for locality in self.near]
 
     def placed_queries(self, features: VisionFeatures, seen: VisionFeatures, num_tokens: int) -> Queries:
-        """[CLS], means of cells, chosen patches, means of merged ones; chosen by `features`, taken from `seen`."""
+        """[CLS], chosen patches, means of merged ones; chosen by `features`, taken from `seen`."""
         num_cls, (h, w) = self.queries.num_cls, features.grid
-        num_beside = num_tokens - num_cls
-        check_num_anchors(num_beside, h * w)
-        side = pooled_side(num_tokens, num_beside, (h, w)) if self.pooled else 0
-        num_anchors = num_beside - side * side
+        num_anchors = num_tokens - num_cls
+        check_num_anchors(num_anchors, h * w)
         num_merged = min(round(self.queries.contextual * num_tokens), num_anchors - 1)
         index = self.queries.choose(features, num_anchors - num_merged)  # (B, K)
-        patches, device = seen.patches, seen.tokens.device
-        batch = patches.shape[0]
-        vectors, places = [seen.tokens[:, :num_cls]], [torch.zeros(batch, num_cls, 2, device=device)]
-        if side:
-            cells = F.adaptive_avg_pool2d(patches.mT.unflatten(-1, (h, w)), side)  # (B, D, g, g)
-            vectors.append(cells.flatten(2).mT)
-            places.append(centres((side, side), device).expand(batch, -1, -1))
-        vectors.append(take(patches, index))
-        places.append(centres((h, w), device)[index])  # (B, K, 2)
+        device = seen.tokens.device
+        placed = centres((h, w), device)[index]  # (B, K, 2)
+        vectors = [seen.tokens[:, :num_cls], take(seen.patches, index)]
         if num_merged:
             vectors.append(self.queries.merge(seen, index, num_merged))
-            places.append(torch.zeros(batch, num_merged, 2, device=device))
         order = torch.arange(num_tokens, device=device)
         has_place = (order >= num_cls) & (order < num_tokens - num_merged)
-        return Queries(torch.cat(vectors, dim=1), torch.cat(places, dim=1), has_place)
-
-
-def pooled_side(num_tokens: int, num_beside: int, grid: tuple[int, int]) -> int:
-    """g of the g x g pooled cells: g^2 <= T / 4, within the grid, and at least one patch is left to choose."""
-    side = min(math.isqrt(num_tokens // 4), *grid)
-    return side if side * side < num_beside else 0
+        return Queries(torch.cat(vectors, dim=1), F.pad(placed, (0, 0, num_cls, num_merged)), has_place)
 
 
 def centres(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "N 2"]:
@@ -265,48 +238,6 @@ class PlaceCodes(nn.Module):
         patches = features.patches
         codes = place_code(centres(features.grid, patches.device)).to(patches.dtype)  # (N, CODE)
         return F.pad(self.to_values[layer](codes), (0, 0, features.num_prefix_tokens, 0))
-
-
-class Mass(nn.Module):
-    """MLP of five numbers: log share of the patches in the token's cell, their mean place from its own, their spread.
-
-    A patch belongs to the token that it is most like (cosine) and near to: no gradient goes through that.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.up = nn.Linear(MASS_NUMBERS, MASS_WIDTH)
-        self.down = nn.Linear(MASS_WIDTH, dim)
-
-    def forward(self, queries: Queries, features: VisionFeatures) -> Float[Tensor, "B T D"]:
-        """(B, T, D), 0 for tokens without a place."""
-        numbers = mass_numbers(queries, features).to(self.up.weight.dtype)
-        return self.down(F.gelu(self.up(numbers))) * queries.has_place.unsqueeze(-1)
-
-
-@torch.no_grad()
-def mass_numbers(queries: Queries, features: VisionFeatures) -> Float[Tensor, "B T 5"]:
-    """Of every token's cell, in units in which T equal cells have 0 and about 1: log(T |C| / N), sqrt(T) of the rest.
-
-    The patches n with i = argmax_i [cos(r_n, q_i) - 0.25 T |p_n - p_i|^2] are the cell C of token i.
-    """
-    num_tokens, device = queries.places.shape[1], queries.places.device
-    where = centres(features.grid, device)  # (N, 2)
-    with without_autocast(device):
-        unit = F.normalize(features.patches.float(), dim=-1)
-        likeness = unit @ F.normalize(queries.vectors.float(), dim=-1).mT  # (B, N, T)
-        apart = (where.unsqueeze(1) - queries.places.unsqueeze(1)).square().sum(-1)  # (1, N, 1, 2), (B, 1, T, 2)
-        score = (likeness - CELL_LOCALITY * num_tokens * apart).masked_fill(~queries.has_place, -torch.inf)
-        # Not F.one_hot, for which every T would be compiled anew.
-        order = torch.arange(num_tokens, device=device).unsqueeze(-1)
-        members = (score.argmax(-1).unsqueeze(1) == order).float()  # (B, 1, N), (T, 1) -> (B, T, N)
-        count = members.sum(-1, keepdim=True)  # (B, T, 1)
-        moments = members @ torch.cat([where, where.square()], dim=-1) / count.clamp_min(1)  # (B, T, 4)
-    mean, square = moments.chunk(2, dim=-1)
-    spread = (square - mean.square()).clamp_min(0).sqrt()
-    away = torch.where(count > 0, mean - queries.places, 0)
-    share = torch.log((count + 0.5) * num_tokens / where.shape[0])
-    return torch.cat([share, num_tokens**0.5 * away, num_tokens**0.5 * spread], dim=-1)
 
 
 def initial_locality(num_heads: int) -> nn.Parameter:

@@ -50,12 +50,14 @@ class Connector(nn.Module, ABC):
     (they come in `VisionFeatures.hidden_layers`).
     former_options: names that its options once had, and those that they have now; configs may still hold them.
     former_defaults: what options once were by default: of weights that do not say what they were.
+    removed_options: options that it has no more, and the value with which they did nothing; configs may still hold it.
     """
 
     elastic = False
     hidden_layers: tuple[int, ...] = ()
     former_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
     former_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    removed_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, geometry: Geometry):
         super().__init__()

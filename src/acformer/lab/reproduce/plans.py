@@ -248,14 +248,16 @@ def few_connectors() -> tuple[TableRow, ...]:
 
 
 SUCCESSOR = "acformer_v2"
-ALONE = ("places", "talk", "stem", "mass", "pooled")
+ALONE = ("places", "talk", "stem")
 """Parts of `acformer_v2` that have a row alone, with the anchors of the paper."""
 TAKEN_AWAY = ("block", "near", "places", "talk")
 """Parts that are on by default, and have a row without them."""
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:
-    """`acformer_v2`, every connector of Table 3, what it is without each of its parts, what parts add to `acformer`."""
+    """`acformer_v2`, every connector of Table 3, `acformer_v2` less a part, `acformer` with parts or other queries."""
+    from acformer.anchors.selectors import SELECTORS
+
     bare = {"selector": "anchors", **dict.fromkeys((*ALONE, *TAKEN_AWAY), False)}
     talks = {**bare, "places": True, "talk": True}
     rows: dict[str, dict[str, Any]] = {
@@ -263,7 +265,6 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
         **{f"{SUCCESSOR}-{part}": {part: False} for part in TAKEN_AWAY},
         **{f"{SUCCESSOR}+{selector}": {"selector": selector} for selector in ("anchors", "grid")},
         **{f"acformer+{part}": {**bare, part: True} for part in ALONE},
-        "acformer+all": {**bare, **dict.fromkeys(ALONE, True)},
         "acformer+block+places+talk": {**talks, "block": True},
         "acformer+stem+places+talk": {**talks, "stem": True},
         "acformer+stem+places+talk+near": {**talks, "stem": True, "near": True},
@@ -271,7 +272,8 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
         "acformer+stem+places+talk+grid": {**talks, "stem": True, "selector": "grid"},
     }
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in rows.items()]
-    changed.append(TableRow("acformer+spaced", "acformer", {"selector": "spaced"}, "acformer"))
+    for selector in sorted({*SELECTORS.names(), *SELECTORS.aliases} - {"anchors", "random"}):  # `acformer`, `random_pr`
+        changed.append(TableRow(f"acformer+{selector}", "acformer", {"selector": selector}, "acformer"))
     changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))  # as many weights
     rivals = (row for row in every_connector() if row.name != SUCCESSOR)
     return (*rivals, *changed)

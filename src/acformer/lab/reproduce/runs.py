@@ -213,7 +213,8 @@ def as_recorded(recipe: Recipe) -> dict[str, Any]:
 def what_decides(recipe: Recipe) -> dict[str, Any]:
     """What decides a score and is not in the recipe: the connector's defaults, the versions of scenes and probe."""
     name = recipe.model.connector
-    defaults = {**connector_options(name), **CONNECTORS[name].former_defaults}
+    connector = CONNECTORS[name]
+    defaults = {**connector_options(name), **connector.removed_options, **connector.former_defaults}
     known = {key: str(value) for key, value in defaults.items() if key not in NOT_RECORDED.get(name, ())}
     options = {FORMER_NAMES.get(key, key): value for key, value in known.items()}
     return {"defaults": options, "scenes": VERSION, "reader": PROBE_VERSION}
