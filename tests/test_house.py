@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from mutants import read_mutants
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -105,7 +106,7 @@ COMMANDS = ["quickstart", "fetch", "train", "eval", "score", "ask", "anchors", "
 COMMANDS += ["connectors", "selectors", "bench", "reproduce", "plan", "export", "serve", "convert", "merge"]
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", tiny.mostly_slow(["", *COMMANDS], "", "train", "score"))
 def test_help_imports_nothing_heavy(command):
     assert imported(*command.split(), "--help") == set()
 
