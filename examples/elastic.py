@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from acformer.connectors import budget_options
+from acformer.connectors import budget_options, complete_options
 from acformer.evaluate.report import score_replies
 from acformer.files import write_text
 from acformer.lab.markdown import markdown_table
@@ -27,7 +27,7 @@ from acformer.lab.reproduce.variants import with_factor
 from acformer.provenance import machine
 from acformer.training.recipe import Recipe
 
-CONNECTOR, RATE = "acformer_v2", 0.3
+CONNECTOR, OPTIONS, RATE = "acformer_v2", {"talk": True}, 0.3  # with talk, as results/elastic was made
 SCALE = SCALES["cpu-hard"]
 DATA = {"test": SCALE.data[0], "held-out pairs": SCALE.data[1]}
 
@@ -35,7 +35,7 @@ DATA = {"test": SCALE.data[0], "held-out pairs": SCALE.data[1]}
 def recipe_for(seed: int, tokens: int, elastic: list[int] | None) -> Recipe:
     """Trained for `tokens`, or at every number of the range `elastic`."""
     recipe = table_recipe(SCALE.recipe, ("finetune.max_samples=16000",))
-    own = {**recipe.model.connector_kwargs, **budget_options(CONNECTOR, geometry_of(recipe.model), tokens)}
+    own = {**recipe.model.connector_kwargs, **OPTIONS, **budget_options(CONNECTOR, geometry_of(recipe.model), tokens)}
     model = replace(recipe.model, connector=CONNECTOR, connector_kwargs=own)
     assert recipe.finetune is not None
     recipe = replace(recipe, model=model, seed=seed, finetune=replace(recipe.finetune, elastic=elastic))
@@ -61,6 +61,8 @@ def record(path: Path, recipe: Recipe, asked: list[int]) -> dict[str, Any]:
         }
         write_text(path, json.dumps(found, indent=1) + "\n")
     found = json.loads(path.read_text())
+    model = found["recipe"]["model"]  # which may name options that are gone
+    model["connector_kwargs"] = complete_options(CONNECTOR, model["connector_kwargs"])
     if any(found["recipe"][key] != asked_for[key] for key in ("model", "finetune", "seed")):
         raise SystemExit(f"{path} was made by another recipe: remove it, or take another --out")
     return found

@@ -140,9 +140,9 @@ def test_one_more_graph_serves_every_other_number_of_tokens(make_features):
     torch.compiler.reset()
 
 
-def test_by_default_it_has_four_parts_and_spaced_queries(make_features):
+def test_by_default_it_has_three_parts_and_spaced_queries(make_features):
     features = make_features(CLIP)
-    chosen = dict.fromkeys(("block", "places", "near", "talk"), True)
+    chosen = dict.fromkeys(("block", "places", "near"), True)
     default, same = shaken(new()), new(**{**NONE, **chosen, "selector": "spaced"})
     same.load_state_dict(default.state_dict())
     assert torch.equal(default(features), same(features))

@@ -391,7 +391,7 @@ def test_an_option_that_a_saved_config_does_not_name_is_what_it_was(tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
 
 
-FIRST = {"selector": "anchors", "stem": True, "block": False, "near": False}
+FIRST = {"selector": "anchors", "stem": True, "block": False, "near": False, "talk": True}
 
 
 @pytest.mark.parametrize(("option", "value"), [("mass", False), ("pooled", False), ("mass", True)])

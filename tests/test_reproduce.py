@@ -772,6 +772,23 @@ def test_records_of_the_successor_are_the_plans(monkeypatch, folder, side, overr
     assert made.items() <= jobs.items()
 
 
+def test_records_of_the_elastic_example_are_its_recipes(monkeypatch):
+    """They name options that are gone, and what was the default."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    import elastic
+
+    monkeypatch.setattr(elastic, "geometry_of", lambda model: Geometry(384, 64, (16, 16), 1))
+    for tokens in (9, 17, 65):
+        made = elastic.record(
+            root / f"results/elastic/runs/T{tokens}-seed0.json", elastic.recipe_for(0, tokens, None), []
+        )
+        assert made["scores"].keys() == {str(tokens)}
+    elastic.record(root / "results/elastic/runs/elastic-9-17-65-seed0.json", elastic.recipe_for(0, 65, [9, 65]), [])
+    with pytest.raises(SystemExit, match="another recipe"):
+        elastic.record(root / "results/elastic/runs/T9-seed0.json", elastic.recipe_for(1, 9, None), [])
+
+
 def job_name(path):
     return f"{path.parent.name}/{path.stem}"
 

@@ -1,9 +1,9 @@
-"""`acformer_v2`: spaced queries that know their place, read what is near and talk to each other; not in the paper.
+"""`acformer_v2`: spaced queries that know their place and read what is near them; not in the paper.
 
 What `acformer` lacks against convolutions over a grid (docs/reproduce.md): few anchors crowd on the largest things and
 miss the small ones, patches are read without their neighbours and from anywhere, and an anchor's token does not say
-where it is. So the default has another selector, `spaced`, and four of five parts, each an option: `block`, `places`,
-`near`, `talk`. Without any of them, and with `selector: anchors`, it is `acformer`, weights and tokens:
+where it is. So the default has another selector, `spaced`, and three of five parts, each an option: `block`, `places`,
+`near`. Without any of them, and with `selector: anchors`, it is `acformer`, weights and tokens:
 
     stem     R' = R + SE(DW_3x3(LN(R))) over the patches: what queries and keys and values are made of from here on
     block    the stem with hidden layers: R' = R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))), D -> D / 2 -> D
@@ -52,7 +52,7 @@ class Queries(NamedTuple):
 
 
 class AcFormerV2Connector(Resampler):
-    """`acformer` whose queries are spaced, know their place, read what is near and talk to each other.
+    """`acformer` whose queries are spaced, know their place and read what is near.
 
     T = `num_anchors` + 1. With all of the parts below off and `selector: anchors` it is `acformer`, whose weights it
     then takes too. One checkpoint serves any T; compiled, the default selector needs a graph for every T.
@@ -73,7 +73,9 @@ class AcFormerV2Connector(Resampler):
     source = SelectedQueries
     queries: SelectedQueries
     stack: CrossAttentionStack
-    former_defaults = MappingProxyType({"selector": "anchors", "stem": True, "block": False, "near": False})
+    former_defaults = MappingProxyType(
+        {"selector": "anchors", "stem": True, "block": False, "near": False, "talk": True}
+    )
     removed_options = MappingProxyType({"mass": False, "pooled": False})
 
     def __init__(
@@ -89,7 +91,7 @@ class AcFormerV2Connector(Resampler):
         ff_mult: float = 4,
         stem: bool = False,
         places: bool = True,
-        talk: bool = True,
+        talk: bool = False,
         near: bool = True,
         block: bool = True,
     ):

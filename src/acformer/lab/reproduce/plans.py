@@ -250,20 +250,22 @@ def few_connectors() -> tuple[TableRow, ...]:
 SUCCESSOR = "acformer_v2"
 ALONE = ("places", "talk", "stem")
 """Parts of `acformer_v2` that have a row alone, with the anchors of the paper."""
-TAKEN_AWAY = ("block", "near", "places", "talk")
-"""Parts that are on by default, and have a row without them."""
+TAKEN_AWAY = ("block", "near", "places")
+"""Parts that are on by default, and have a row without them; another one where tokens talk."""
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:
     """`acformer_v2`, every connector of Table 3, `acformer_v2` less a part, `acformer` with parts or other queries."""
     from acformer.anchors.selectors import SELECTORS
 
-    bare = {"selector": "anchors", **dict.fromkeys((*ALONE, *TAKEN_AWAY), False)}
+    bare: dict[str, Any] = {"selector": "anchors", **dict.fromkeys((*ALONE, *TAKEN_AWAY), False)}
     talks = {**bare, "places": True, "talk": True}
-    rows: dict[str, dict[str, Any]] = {
-        SUCCESSOR: {},
-        **{f"{SUCCESSOR}-{part}": {part: False} for part in TAKEN_AWAY},
-        **{f"{SUCCESSOR}+{selector}": {"selector": selector} for selector in ("anchors", "grid")},
+    rows: dict[str, dict[str, Any]] = {}
+    for name, own in ((SUCCESSOR, {}), (f"{SUCCESSOR}+talk", {"talk": True})):
+        rows[name] = own
+        rows |= {f"{name}-{part}": {**own, part: False} for part in TAKEN_AWAY}
+        rows |= {f"{name}+{selector}": {**own, "selector": selector} for selector in ("anchors", "grid")}
+    rows |= {
         **{f"acformer+{part}": {**bare, part: True} for part in ALONE},
         "acformer+block+places+talk": {**talks, "block": True},
         "acformer+stem+places+talk": {**talks, "stem": True},
