@@ -829,6 +829,14 @@ def test_a_row_may_take_over_the_search_of_another(plan, tmp_path):
     assert "did you mean 'acformer'" in lost.error
 
 
+def test_a_table_says_which_of_the_rows_that_were_run_made_no_search(page):
+    plan, tables = replace(page, rows=plan_for("successor", "cpu").rows), []
+    for rows in (["acformer", "acformer_v2"], ["acformer", "mlp"]):
+        tables.append(table_text(plan, [measured(row, [0.8]) for row in rows]))
+    assert "(`acformer_v2` made no search and take that of `acformer`)" in tables[0]
+    assert "made no search" not in tables[1]
+
+
 def test_a_row_is_chosen_by_its_name_before_its_connectors():
     plan = plan_for("successor", "cpu-hard")
     assert [row.name for row in chosen_rows(plan, ["acformer_v2", "mlp"])] == ["mlp", "acformer_v2"]

@@ -20,7 +20,7 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
         f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
-        f"{_rates(plan)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
+        f"{_rates(plan, cells)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
         "*average* is the mean of the families, *blind* what is scored without a look at the image, in each family "
         "the better of the most frequent answers and, of questions about scenes, of a probe that sees nothing. *step* "
         "is the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
@@ -45,16 +45,18 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
     return "\n\n".join(part for part in [*parts, _machines(cells)] if part) + "\n"
 
 
-def _rates(plan: Plan) -> str:
-    """How the connector's learning rate was found."""
-    scale, borrowers = plan.scale, [f"`{row.name}`" for row in plan.rows if row.rate_of]
+def _rates(plan: Plan, cells: Sequence[Measured]) -> str:
+    """How the connector's learning rate was found, in the rows that were run."""
+    scale, measured = plan.scale, {cell.name for cell in cells if cell.records}
+    borrowing = [row for row in plan.rows if row.rate_of and row.name in measured]
     factors = scale.search.factors
     found = f"is the best of {len(factors)} tried by every row for {scale.search.fraction:g} of the steps"
     if len(factors) == 1:
         found = f"is {factors[0]:g} times the recipe's in every row, without a search"
-    elif borrowers:
-        lenders = ", ".join(sorted({f"`{row.rate_of}`" for row in plan.rows if row.rate_of}))
-        found += f" ({', '.join(borrowers)} made no search and take that of {lenders})"
+    elif borrowing:
+        borrowers = ", ".join(f"`{row.name}`" for row in borrowing)
+        lenders = ", ".join(sorted({f"`{row.rate_of}`" for row in borrowing}))
+        found += f" ({borrowers} made no search and take that of {lenders})"
     if scale.probe is None:
         return f"the connector's learning rate {found}."
     return (
