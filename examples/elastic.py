@@ -99,9 +99,10 @@ def table(tokens: list[int], elastic: list[dict[str, Any]], dedicated: list[dict
             line += [f"{100 * sum(row) / len(row):.1f}" for row in (ours, theirs)] + [str(Difference.of(pairs))]
         lines.append(line)
     head = ["T"] + [f"{split}, {what}" for split in DATA for what in ("one checkpoint", "its own", "difference")]
+    given = ", ".join(f"`{key}={value}`" for key, value in OPTIONS.items())
     command = f"python examples/elastic.py --tokens {' '.join(map(str, tokens))} --seeds {len(elastic)}"
     return (
-        f"# `{CONNECTOR}`: one checkpoint for every T, and one trained for each\n\n"
+        f"# `{CONNECTOR}` with {given}: one checkpoint for every T, and one trained for each\n\n"
         f"Made by `{command}`; mean of the families in percent, a probe reads the tokens of `openmoji-scenes-hard`; "
         "differences of the same seeds, with 95 % intervals where there are several.\n\n"
         f"{markdown_table(head, lines)}\n"
