@@ -1,6 +1,7 @@
 """The connector alone: saved by stage 1, read by load_model, built into other models, refused where it does not fit."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from acformer.connectors import list_connectors
 from acformer.errors import CheckpointError
 from acformer.hf.build import build_model
 from acformer.hf.checkpoints import load_model, verify_folder
-from acformer.hf.connector_weights import load_connector
+from acformer.hf.connector_weights import Parts, load_connector, save_connector
 from acformer.training.stages import train
 
 ALONE = ["pretrain.save=connector"]
@@ -128,6 +129,28 @@ def test_an_option_that_is_younger_than_the_weights_has_its_default(alone, data,
     changed = {**OPTIONS, "selector": "grid"}
     with pytest.raises(CheckpointError, match="selector anchors, and this model has grid"):
         build_model(vision, language_model, connector_kwargs=changed, connector_weights=str(older))
+
+
+def test_an_option_that_was_removed_may_stand_beside_the_weights_where_it_did_nothing(data, text, tmp_path):  # noqa: F811
+    """As in `weights/acformer-scenes`."""
+    vision, language_model = str(data / "vision"), text.partition("=")[2]
+    options = {"connector": "acformer_v2", "connector_kwargs": tiny.small_options("acformer_v2")}
+    model, _ = build_model(vision, language_model, **options)
+    save_connector(model, tmp_path, model.state_dict(), Parts(vision, language_model))
+    path = tmp_path / "connector.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    known = json.loads(metadata["options"])
+    for value in (False, True):
+        known["connector_kwargs"] |= {"mass": value, "pooled": False}
+        save_file(load_file(path), tmp_path / "older.safetensors", {**metadata, "options": json.dumps(known)})
+        again = partial(build_model, vision, language_model, **options)
+        if value:
+            with pytest.raises(CheckpointError, match=r"older\.safetensors: option mass=True .* leave it out"):
+                again(connector_weights=str(tmp_path / "older.safetensors"))
+        else:
+            loaded, _ = again(connector_weights=str(tmp_path / "older.safetensors"))
+            assert torch.equal(loaded.model.connector.block.up.weight, model.model.connector.block.up.weight)
 
 
 @pytest.mark.parametrize("connector", list_connectors())

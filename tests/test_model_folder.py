@@ -404,7 +404,7 @@ def test_an_option_that_was_removed_may_stand_in_a_saved_config_where_it_did_not
     write_manifest(folder)
     if value:
         with pytest.raises(
-            UsageError, match=r"option mass of connector 'acformer_v2' was removed .*mass=False is still"
+            UsageError, match=r"option mass=True of connector 'acformer_v2' was removed .*: leave it out"
         ):
             load_model(str(folder))
         return

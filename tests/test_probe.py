@@ -373,6 +373,15 @@ def test_tokens_read_each_other_in_one_probe_alone():
     assert (probe(tokens)["total"] - probe(tokens[:, [1, 0, 2, 3, 4]])["total"]).abs().max() > 0, "slots are places"
 
 
+def test_the_probe_that_attends_starts_as_the_other():
+    tokens, said = torch.randn(2, TOKENS, DIM), []
+    for attends in (False, True):
+        torch.manual_seed(0)
+        said.append(SceneProbe(SMALL, TOKENS, DIM, width=24, attends=attends)(tokens))
+    for name, value in said[0].items():
+        torch.testing.assert_close(said[1][name], value, rtol=0, atol=1e-6)
+
+
 def test_a_table_with_a_probe_that_attends_is_another_table():
     attending = plan_for("successor", "cpu-hard", overrides=[f"model.text={MIXING_PROBE}"], name="attends")
     assert attending.scale.load_recipe().model.text == MIXING_PROBE

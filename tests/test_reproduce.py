@@ -758,6 +758,7 @@ def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
             (0.3,),
         ),
         ("successor-cpu-smollm2-hard", 16, (), None),
+        ("attends-cpu-hard", 16, ("finetune.max_samples=16000", "model.text=scene-probe-attends"), (0.3,)),
     ],
 )
 def test_records_of_the_successor_are_the_plans(monkeypatch, folder, side, overrides, factors):
@@ -829,12 +830,12 @@ def test_a_row_may_take_over_the_search_of_another(plan, tmp_path):
     assert "did you mean 'acformer'" in lost.error
 
 
-def test_a_table_says_which_of_the_rows_that_were_run_made_no_search(page):
+def test_a_table_says_which_of_the_rows_that_were_run_were_not_searched_for(page):
     plan, tables = replace(page, rows=plan_for("successor", "cpu").rows), []
     for rows in (["acformer", "acformer_v2"], ["acformer", "mlp"]):
         tables.append(table_text(plan, [measured(row, [0.8]) for row in rows]))
-    assert "(`acformer_v2` made no search and take that of `acformer`)" in tables[0]
-    assert "made no search" not in tables[1]
+    assert "(without a search, at that of `acformer`: `acformer_v2`)" in tables[0]
+    assert "without a search" not in tables[1]
 
 
 def test_a_row_is_chosen_by_its_name_before_its_connectors():

@@ -69,8 +69,8 @@ def connector_options(name: str) -> dict[str, Any]:
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a connector: those that are given, former names understood, and the defaults of the others.
 
-    As JSON would give them back: a tuple is a list. `UsageError` for a name that is not known, or an option that was
-    removed.
+    As JSON would give them back: a tuple is a list. `UsageError` for a name that is not known, or for an option that
+    was removed and did something.
     """
     found = {**connector_options(name), **_of_today(name, options)}
     return {key: list(value) if isinstance(value, tuple | list) else value for key, value in found.items()}
@@ -117,8 +117,8 @@ def _of_today(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for key in removed.keys() & options.keys():
         if options[key] != removed[key]:
             raise UsageError(
-                f"option {key} of connector {name!r} was removed (see CHANGELOG.md): {key}={removed[key]} is still "
-                f"understood, {key}={options[key]!r} needs the acformer with which it was trained"
+                f"option {key}={options[key]!r} of connector {name!r} was removed (see CHANGELOG.md): leave it out; "
+                "weights that were trained with it need an older acformer"
             )
     kept = {key: value for key, value in options.items() if key not in removed}
     return {connector.former_options.get(key, key): value for key, value in kept.items()}

@@ -9,7 +9,7 @@ where it is. So the default has another selector, `spaced`, and three of five pa
     block    the stem with hidden layers: R' = R + W_2 SE(SiLU(DW_3x3(SiLU(W_1 LN(R))))), D -> D / 2 -> D
     places   phi(p), a 2-D sine-cosine code, is added to queries, to values and to what comes out, through matrices that
              start at zero; keys stay as they are, so what is looked for has no place
-    near     heads of the cross-attention, too, may prefer what is near, each by its own learned locality:
+    near     heads of the cross-attention may prefer what is near, each by its own learned locality:
              logits_in = q_i k_n / sqrt(d) - softplus(g) T |p_i - p_n|^2
     talk     self-attention among the tokens, once, before the last feed-forward; each head has a learned locality:
              logits_ij = q_i k_j / sqrt(d) - softplus(g) T |p_i - p_j|^2

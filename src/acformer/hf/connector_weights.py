@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acformer.connectors import CONNECTORS, complete_options
-from acformer.errors import CheckpointError
+from acformer.errors import CheckpointError, UsageError
 from acformer.files import write_text
 from acformer.hf.adapters import PREFIX
 from acformer.hf.configuration_acformer import AcFormerConfig
@@ -153,7 +153,10 @@ def _compare_options(source: str, theirs: Mapping[str, Any], ours: Mapping[str, 
     """`CheckpointError` for the first that differs. An option younger than the source had its first default there."""
     if (name := theirs.get("connector")) == ours["connector"]:
         options = {**CONNECTORS[name].former_defaults, **theirs["connector_kwargs"]}
-        theirs = {**theirs, "connector_kwargs": complete_options(name, options)}
+        try:
+            theirs = {**theirs, "connector_kwargs": complete_options(name, options)}
+        except UsageError as error:  # one of them was removed
+            raise CheckpointError(f"{source}: {error}") from error
     flat = [{**{k: v for k, v in one.items() if isinstance(v, str)}, **_inner(one)} for one in (theirs, ours)]
     for key in sorted(flat[0].keys() | flat[1].keys()):
         then, now = (options.get(key, "its default") for options in flat)

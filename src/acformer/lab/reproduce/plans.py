@@ -251,7 +251,7 @@ SUCCESSOR = "acformer_v2"
 ALONE = ("places", "talk", "stem")
 """Parts of `acformer_v2` that have a row alone, with the anchors of the paper."""
 TAKEN_AWAY = ("block", "near", "places")
-"""Parts that are on by default, and have a row without them; another one where tokens talk."""
+"""Parts that are on by default, and have a row without them, and one more where tokens talk."""
 
 
 def parts_of_the_successor() -> tuple[TableRow, ...]:
@@ -274,9 +274,9 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
         "acformer+stem+places+talk+grid": {**talks, "stem": True, "selector": "grid"},
     }
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in rows.items()]
-    for selector in sorted({*SELECTORS.names(), *SELECTORS.aliases} - {"anchors", "random"}):  # `acformer`, `random_pr`
+    for selector in sorted({*SELECTORS.names(), *SELECTORS.aliases} - {"anchors", "random"}):  # rows already
         changed.append(TableRow(f"acformer+{selector}", "acformer", {"selector": selector}, "acformer"))
-    changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))  # as many weights
+    changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))  # as large
     rivals = (row for row in every_connector() if row.name != SUCCESSOR)
     return (*rivals, *changed)
 

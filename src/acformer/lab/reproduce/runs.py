@@ -16,10 +16,10 @@ from acformer.connectors import CONNECTORS, Geometry, budget_options, build_conn
 from acformer.connectors.resampler import Resampler
 from acformer.errors import AcFormerError, UsageError
 from acformer.hf.build import parse_dtype
-from acformer.lab.reproduce.plans import Plan, Scale, TableRow, table_recipe
+from acformer.lab.reproduce.plans import MIXING_PROBE, Plan, Scale, TableRow, table_recipe
 from acformer.lab.reproduce.records import made_record, read_record
 from acformer.lab.scenes.difficulty import VERSION
-from acformer.lab.scenes.probe import PROBE_VERSION
+from acformer.lab.scenes.probe import MIXING_VERSION, PROBE_VERSION
 from acformer.training.recipe import STAGES, ModelSpec, Recipe
 from acformer.vision.families import image_size, num_prefix_tokens, patch_grid
 from acformer.vision.load import load_tower
@@ -217,7 +217,8 @@ def what_decides(recipe: Recipe) -> dict[str, Any]:
     defaults = {**connector_options(name), **connector.removed_options, **connector.former_defaults}
     known = {key: str(value) for key, value in defaults.items() if key not in NOT_RECORDED.get(name, ())}
     options = {FORMER_NAMES.get(key, key): value for key, value in known.items()}
-    return {"defaults": options, "scenes": VERSION, "reader": PROBE_VERSION}
+    mixing = {"mixing": MIXING_VERSION} if recipe.model.text == MIXING_PROBE else {}
+    return {"defaults": options, "scenes": VERSION, "reader": PROBE_VERSION, **mixing}
 
 
 def start_fingerprint(scale: Scale) -> str:

@@ -20,12 +20,12 @@ def table_text(plan: Plan, cells: Sequence[Measured]) -> str:
         f"# {plan.name}, {scale.name} scale",
         plan.asks,
         f"Made by `{plan.command}`: recipe `{scale.recipe}`, the same samples and steps for every row; "
-        f"{_rates(plan, cells)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are several); "
-        "*average* is the mean of the families, *blind* what is scored without a look at the image, in each family "
-        "the better of the most frequent answers and, of questions about scenes, of a probe that sees nothing. *step* "
-        "is the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
-        "that learning rate that was best, with < or > where it is the lowest or highest tried and a better one "
-        "may lie beyond.",
+        f"{_rates(plan, cells)} Scores in percent, mean and 95 % interval over seeds (Student's t, where there are "
+        "several); *average* is the mean of the families, *blind* what is scored without a look at the image, in each "
+        "family the better of the most frequent answers and, of questions about scenes, of a probe that sees nothing. "
+        "*step* is the median time of a training step, taken alone, one row after the other; *rate* is the factor of "
+        "that learning rate that was best, with < or > where it is the lowest or highest tried and a better one may "
+        "lie beyond.",
         scale.note,
     ]
     for data in scale.data:
@@ -56,7 +56,7 @@ def _rates(plan: Plan, cells: Sequence[Measured]) -> str:
     elif borrowing:
         borrowers = ", ".join(f"`{row.name}`" for row in borrowing)
         lenders = ", ".join(sorted({f"`{row.rate_of}`" for row in borrowing}))
-        found += f" ({borrowers} made no search and take that of {lenders})"
+        found += f" (without a search, at that of {lenders}: {borrowers})"
     if scale.probe is None:
         return f"the connector's learning rate {found}."
     return (

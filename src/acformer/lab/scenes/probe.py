@@ -20,6 +20,7 @@ from acformer.lab.scenes.difficulty import Difficulty
 from acformer.lab.scenes.targets import SceneTargets, class_names
 
 PROBE_VERSION = 2  # of architecture, losses and the rules of `answers.py`: other scores, another number
+MIXING_VERSION = 2  # of `Mixing`, which one of the probes has
 
 
 class SceneProbe(nn.Module):
