@@ -758,6 +758,7 @@ def test_records_of_the_first_hard_runs_are_recognised(monkeypatch):
             (0.3,),
         ),
         ("successor-cpu-smollm2-hard", 16, (), None),
+        ("more-tokens-cpu-hard", 16, ("finetune.max_samples=16000",), (0.3,)),
         ("attends-cpu-hard", 16, ("finetune.max_samples=16000", "model.text=scene-probe-attends"), (0.3,)),
     ],
 )
