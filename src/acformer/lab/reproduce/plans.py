@@ -276,7 +276,7 @@ def parts_of_the_successor() -> tuple[TableRow, ...]:
     changed = [TableRow(name, SUCCESSOR, options, "acformer") for name, options in rows.items()]
     for selector in sorted({*SELECTORS.names(), *SELECTORS.aliases} - {"anchors", "random"}):  # rows already
         changed.append(TableRow(f"acformer+{selector}", "acformer", {"selector": selector}, "acformer"))
-    changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))  # as large
+    changed.append(TableRow("c_abstractor+deeper", "c_abstractor", {"depth": 2}, "c_abstractor"))
     rivals = (row for row in every_connector() if row.name != SUCCESSOR)
     return (*rivals, *changed)
 
